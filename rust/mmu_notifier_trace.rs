@@ -1,0 +1,582 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `mmu_notifier_trace`: records every MMU notifier callback of chosen processes.
+//!
+//! Safe code alone: it may touch its own directory in debugfs, its rings and its subscriptions.
+//!
+//! In `/sys/kernel/debug/mmu_notifier_trace`:
+//!
+//! - `attach`: write `PID` or `PID RECORDS` to record that process. `RECORDS` is the size of its
+//!   ring, a power of two, at most 4194304; 65536 unless given. The pid is looked up in the
+//!   writer's pid namespace; the directory gets the number that was written.
+//! - `detach`: write `PID` to stop and to throw the trace away.
+//! - `PID/trace`: the records as text, one a line. Its file positions are marks to read on from,
+//!   not byte counts.
+//! - `PID/records`: the records as [`record::Record`] lays them out; record `seq` is at offset
+//!   `seq * 64`. A record that was overwritten or lost reads as kind 0. The first one that is
+//!   still there is the one numbered as `overwritten` in `stats`.
+//! - `PID/stats`: `recorded`, the callbacks seen (for `numa_protect`, the stretches); of these
+//!   `overwritten`, those that the ring has no room for any more, and `lost`, those never stored
+//!   because a writer was delayed for so long that the others went round the whole ring; `size`,
+//!   that of the ring.
+//!
+//! What is recorded is an address space: that of all threads of the process, not that of a child.
+//! When it ends, because the process exits or calls `execve()`, its `release` is the last record,
+//! and the trace stays until it is detached. To record what follows an `execve()`, detach and
+//! attach again.
+//!
+//! An open file holds the module; what is merely attached does not, and is detached when the module
+//! is unloaded.
+
+use core::fmt::Write as _;
+use kernel::{
+    cpu::CpuId,
+    current,
+    debugfs::{
+        BinaryReader,
+        BinaryWriter, //
+    },
+    fs::file,
+    mm::{
+        Mm,
+        MmWithUser, //
+    },
+    new_mutex,
+    page::{
+        PAGE_SHIFT,
+        PAGE_SIZE, //
+    },
+    prelude::*,
+    str::CString,
+    sync::{
+        Arc,
+        Mutex, //
+    },
+    task::Pid,
+    uaccess::{
+        UserSliceReader,
+        UserSliceWriter, //
+    },
+};
+
+pub mod debugfs;
+pub mod mmu_notifier;
+pub mod record;
+pub mod ring;
+
+use debugfs::{
+    Dir,
+    File, //
+};
+#[cfg(mmu_notifier_numa_protect)]
+use mmu_notifier::NumaHints;
+use mmu_notifier::{
+    support,
+    MmuNotifier,
+    Range,
+    Registration, //
+};
+use record::{
+    event,
+    kind,
+    Record, //
+};
+use ring::{
+    Entry,
+    Slot, //
+};
+
+module! {
+    type: MmuNotifierTrace,
+    name: "mmu_notifier_trace",
+    authors: ["The mmu_notifier_trace authors"],
+    description: "Records MMU notifier callbacks",
+    license: "GPL",
+}
+
+const DEFAULT_RECORDS: u64 = 64 * 1024;
+const MAX_RECORDS: u64 = 4 * 1024 * 1024;
+
+type Ring = ring::Ring<KVVec<Slot>>;
+
+/// Makes an empty ring of `size` records.
+///
+/// Checks what there is beforehand, as the allocation alone would have other processes killed.
+fn new_ring(size: u64) -> Result<Arc<Ring>> {
+    let bytes = size * size_of::<Slot>() as u64;
+    if support::available_bytes() < bytes {
+        return Err(ENOMEM);
+    }
+
+    let size = usize::try_from(size)?;
+    let mut slots = KVVec::with_capacity(size, GFP_KERNEL | __GFP_NOWARN)?;
+    for _ in 0..size {
+        slots.push(Slot::default(), GFP_KERNEL)?;
+    }
+    Ok(Arc::new(Ring::new(slots).ok_or(EINVAL)?, GFP_KERNEL)?)
+}
+
+/// The subscriber: writes a record for each callback.
+struct Recorder(Arc<Ring>);
+
+impl Recorder {
+    fn record(&self, record: Record) {
+        let record = Record {
+            time_ns: support::monotonic_ns(),
+            cpu: CpuId::current().as_u32(),
+            tid: current!().pid() as u32,
+            comm: support::current_comm(),
+            ..record
+        };
+        self.0.push(&record.to_words());
+    }
+
+    fn record_range(&self, kind: u8, range: &Range) {
+        self.record(Record {
+            start: range.start() as u64,
+            end: range.end() as u64,
+            kind,
+            event: range.event() as u8,
+            flags: u16::from(range.flags() as u8),
+            ..Record::default()
+        });
+    }
+
+    fn record_addresses(&self, kind: u8, start: usize, end: usize) {
+        self.record(Record {
+            start: start as u64,
+            end: end as u64,
+            kind,
+            event: event::NONE,
+            ..Record::default()
+        });
+    }
+}
+
+#[vtable]
+impl MmuNotifier for Recorder {
+    fn release(&self, _mm: &Mm) {
+        self.record_addresses(kind::RELEASE, 0, usize::MAX);
+    }
+
+    fn clear_flush_young(&self, _mm: &Mm, start: usize, end: usize) -> bool {
+        self.record_addresses(kind::CLEAR_FLUSH_YOUNG, start, end);
+        false
+    }
+
+    fn clear_young(&self, _mm: &Mm, start: usize, end: usize) -> bool {
+        self.record_addresses(kind::CLEAR_YOUNG, start, end);
+        false
+    }
+
+    fn test_young(&self, _mm: &Mm, address: usize) -> bool {
+        self.record_addresses(kind::TEST_YOUNG, address, address + PAGE_SIZE);
+        false
+    }
+
+    fn invalidate_range_start(&self, range: &Range) {
+        self.record_range(kind::INVALIDATE_RANGE_START, range);
+    }
+
+    fn invalidate_range_end(&self, range: &Range) {
+        self.record_range(kind::INVALIDATE_RANGE_END, range);
+    }
+
+    #[cfg(mmu_notifier_numa_protect)]
+    fn numa_protect(&self, hints: &NumaHints) {
+        let range = hints.range();
+        let mut stretches = hints.stretches().peekable();
+        let mut position = record::flag::FIRST;
+
+        while let Some((start, end)) = stretches.next() {
+            if stretches.peek().is_none() {
+                position |= record::flag::LAST;
+            }
+            self.record(Record {
+                start: start as u64,
+                end: end as u64,
+                kind: kind::NUMA_PROTECT,
+                event: range.event() as u8,
+                flags: u16::from(range.flags() as u8) | position,
+                pages: u32::try_from(hints.nr_pages()).unwrap_or(u32::MAX),
+                ..Record::default()
+            });
+            position = 0;
+        }
+    }
+}
+
+/// The `records` file.
+struct Records(Arc<Ring>);
+
+impl BinaryWriter for Records {
+    fn write_to_slice(
+        &self,
+        writer: &mut UserSliceWriter,
+        offset: &mut file::Offset,
+    ) -> Result<usize> {
+        let room = writer.len();
+        let mut at = u64::try_from(*offset)?;
+
+        while !writer.is_empty() {
+            let seq = at / record::SIZE as u64;
+            let record = match self.0.get(seq) {
+                Entry::Stored(words) => Record::from_words(seq, words),
+                Entry::Overwritten | Entry::Lost => Record::overwritten(seq),
+                Entry::Pending => break,
+            };
+            let bytes = &record.to_bytes()[at as usize % record::SIZE..];
+            let bytes = &bytes[..bytes.len().min(writer.len())];
+            writer.write_slice(bytes)?;
+            at += bytes.len() as u64;
+        }
+
+        *offset = at.try_into()?;
+        Ok(room - writer.len())
+    }
+}
+
+/// A line of text, on the stack.
+struct Line {
+    text: [u8; Line::SIZE],
+    len: usize,
+}
+
+impl Line {
+    /// More than the longest line takes; the rest of a longer one would be left out.
+    const SIZE: usize = 256;
+
+    const EMPTY: Self = Self {
+        text: [0; Self::SIZE],
+        len: 0,
+    };
+
+    fn as_bytes(&self) -> &[u8] {
+        &self.text[..self.len]
+    }
+}
+
+impl core::fmt::Write for Line {
+    fn write_str(&mut self, text: &str) -> core::fmt::Result {
+        let room = &mut self.text[self.len..];
+        let len = text.len().min(room.len());
+        room[..len].copy_from_slice(&text.as_bytes()[..len]);
+        self.len += len;
+        Ok(())
+    }
+}
+
+/// A text file, given a line at a time.
+///
+/// Formats and copies line by line and holds nothing meanwhile, so that neither the length of the
+/// text nor a slow reader matters, and no line is a mix of two moments. A file position is the
+/// number of a line, and how many bytes of that line were read.
+trait Lines {
+    /// The line with this number, and the number of the line that follows. [`None`] at the end.
+    fn line(&self, number: u64) -> Option<(Line, u64)>;
+
+    fn write_lines(
+        &self,
+        writer: &mut UserSliceWriter,
+        offset: &mut file::Offset,
+    ) -> Result<usize> {
+        // Their range is that of a line's length.
+        const BYTE_BITS: u32 = Line::SIZE.trailing_zeros() + 1;
+
+        let room = writer.len();
+        let position = u64::try_from(*offset)?;
+        let mut number = position >> BYTE_BITS;
+        let mut byte = (position & ((1 << BYTE_BITS) - 1)) as usize;
+
+        while let Some((line, next)) = self.line(number) {
+            let rest = line.as_bytes().get(byte..).unwrap_or(b"\n");
+            if rest.len() <= writer.len() {
+                writer.write_slice(rest)?;
+                number = next;
+                byte = 0;
+            } else if room == writer.len() {
+                // Only a buffer without room for a line gets a part of one.
+                writer.write_slice(&rest[..room])?;
+                byte += room;
+                break;
+            } else {
+                break;
+            }
+        }
+
+        *offset = ((number << BYTE_BITS) | byte as u64).try_into()?;
+        Ok(room - writer.len())
+    }
+}
+
+/// The `trace` file: the lines of the header, then one for each sequence number.
+struct Trace {
+    pid: Pid,
+    ring: Arc<Ring>,
+}
+
+impl Trace {
+    const HEADER_LINES: u64 = 6;
+}
+
+impl Lines for Trace {
+    fn line(&self, number: u64) -> Option<(Line, u64)> {
+        let mut line = Line::EMPTY;
+        let mut next = number + 1;
+        let ring = &self.ring;
+
+        // Writing to a `Line` cannot fail.
+        let _ = match number {
+            0 => core::writeln!(line, "# tracer: mmu_notifier_trace"),
+            1 | 3 => core::writeln!(line, "#"),
+            2 => core::writeln!(
+                line,
+                "# pid {}: records recorded/overwritten/lost: {}/{}/{}   ring: {}",
+                self.pid,
+                ring.recorded(),
+                ring.overwritten(),
+                ring.lost(),
+                ring.size(),
+            ),
+            4 => core::writeln!(
+                line,
+                "#           COMM-TID     [CPU]    TIMESTAMP: CALLBACK: START-END (PAGES) EVENT FLAGS"
+            ),
+            5 => core::writeln!(line, "#              | |          |            |"),
+            _ => {
+                let seq = number - Self::HEADER_LINES;
+                match ring.get(seq) {
+                    Entry::Stored(words) => {
+                        let record = Record::from_words(seq, words);
+                        core::writeln!(line, "{}", record.line(PAGE_SHIFT as u32))
+                    }
+                    Entry::Overwritten => {
+                        let oldest = ring.overwritten().max(seq + 1);
+                        next = oldest + Self::HEADER_LINES;
+                        core::writeln!(line, "# {} records overwritten", oldest - seq)
+                    }
+                    Entry::Lost => core::writeln!(line, "# 1 record lost"),
+                    Entry::Pending => return None,
+                }
+            }
+        };
+        Some((line, next))
+    }
+}
+
+impl BinaryWriter for Trace {
+    fn write_to_slice(
+        &self,
+        writer: &mut UserSliceWriter,
+        offset: &mut file::Offset,
+    ) -> Result<usize> {
+        self.write_lines(writer, offset)
+    }
+}
+
+/// The `stats` file.
+struct Stats(Arc<Ring>);
+
+impl Lines for Stats {
+    fn line(&self, number: u64) -> Option<(Line, u64)> {
+        let mut line = Line::EMPTY;
+        let (name, value) = match number {
+            0 => ("recorded", self.0.recorded()),
+            1 => ("overwritten", self.0.overwritten()),
+            2 => ("lost", self.0.lost()),
+            3 => ("size", self.0.size()),
+            _ => return None,
+        };
+
+        // Writing to a `Line` cannot fail.
+        let _ = core::writeln!(line, "{name} {value}");
+        Some((line, number + 1))
+    }
+}
+
+impl BinaryWriter for Stats {
+    fn write_to_slice(
+        &self,
+        writer: &mut UserSliceWriter,
+        offset: &mut file::Offset,
+    ) -> Result<usize> {
+        self.write_lines(writer, offset)
+    }
+}
+
+/// One attached process: its files, which go first, and its subscription.
+#[pin_data]
+struct Target {
+    #[pin]
+    trace: File<Trace>,
+    #[pin]
+    records: File<Records>,
+    #[pin]
+    stats: File<Stats>,
+    pid: Pid,
+    #[pin]
+    subscription: Registration<Recorder>,
+}
+
+impl Target {
+    fn new<'a>(
+        pid: Pid,
+        mm: &'a MmWithUser,
+        ring: Arc<Ring>,
+        dir: Dir,
+    ) -> impl PinInit<Self, Error> + 'a {
+        try_pin_init!(Self {
+            subscription <- Registration::new(mm, Ok(Recorder(ring.clone()))),
+            trace <- dir.read_binary_file(
+                c"trace",
+                Trace {
+                    pid,
+                    ring: ring.clone(),
+                },
+            ),
+            records <- dir.read_binary_file(c"records", Records(ring.clone())),
+            stats <- dir.read_binary_file(c"stats", Stats(ring)),
+            pid,
+        })
+    }
+}
+
+/// The attached processes, and the directory that holds theirs.
+#[pin_data]
+struct Targets {
+    dir: Dir,
+    #[pin]
+    list: Mutex<KVec<Pin<KBox<Target>>>>,
+}
+
+impl Targets {
+    /// Starts to record the process `pid` into a ring of `size` records.
+    fn attach(&self, pid: Pid, size: u64) -> Result {
+        // Before the list is locked, so that it is put after the unlocking: the last user of an
+        // address space tears it down.
+        let mm = support::mm_of_vpid(pid)?;
+        let mut list = self.list.lock();
+
+        let attached = |target: &Pin<KBox<Target>>| {
+            target.pid == pid || target.subscription.mm().as_raw() == mm.as_raw()
+        };
+        if list.iter().any(attached) {
+            return Err(EEXIST);
+        }
+
+        list.reserve(1, GFP_KERNEL)?;
+        let ring = new_ring(size)?;
+        let dir = self.dir.subdir(&CString::try_from_fmt(fmt!("{pid}"))?)?;
+        let target = KBox::pin_init(Target::new(pid, &mm, ring, dir), GFP_KERNEL)?;
+        list.push(target, GFP_KERNEL)?;
+        Ok(())
+    }
+
+    /// Stops recording `pid`, and throws its trace away.
+    fn detach(&self, pid: Pid) -> Result {
+        let mut list = self.list.lock();
+        let index = list.iter().position(|target| target.pid == pid);
+
+        // Dropped under the lock: until the directory is gone its name is not free.
+        drop(list.remove(index.ok_or(ENOENT)?).map_err(|_| ENOENT)?);
+        Ok(())
+    }
+}
+
+/// What is written to `attach` or `detach`: one number or two.
+fn read_numbers(reader: &mut UserSliceReader) -> Result<(u64, Option<u64>)> {
+    let mut text = [0; 64];
+    let len = reader.len();
+    let text = text.get_mut(..len).ok_or(EINVAL)?;
+    reader.read_slice(text)?;
+
+    let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
+    let mut numbers = text.split_ascii_whitespace().map(|number| {
+        number.parse::<u64>().map_err(|error| match error.kind() {
+            core::num::IntErrorKind::PosOverflow => ERANGE,
+            _ => EINVAL,
+        })
+    });
+
+    let first = numbers.next().ok_or(EINVAL)??;
+    let second = numbers.next().transpose()?;
+    match numbers.next() {
+        None => Ok((first, second)),
+        Some(_) => Err(EINVAL),
+    }
+}
+
+fn as_pid(number: u64) -> Result<Pid> {
+    Pid::try_from(number).map_err(|_| ERANGE)
+}
+
+/// The `attach` file.
+struct Attach(Arc<Targets>);
+
+impl BinaryReader for Attach {
+    fn read_from_slice(
+        &self,
+        reader: &mut UserSliceReader,
+        _offset: &mut file::Offset,
+    ) -> Result<usize> {
+        let len = reader.len();
+        let (pid, records) = read_numbers(reader)?;
+        let pid = as_pid(pid)?;
+        let records = records.unwrap_or(DEFAULT_RECORDS);
+
+        if !records.is_power_of_two() || records > MAX_RECORDS {
+            return Err(EINVAL);
+        }
+        self.0.attach(pid, records)?;
+        Ok(len)
+    }
+}
+
+/// The `detach` file.
+struct Detach(Arc<Targets>);
+
+impl BinaryReader for Detach {
+    fn read_from_slice(
+        &self,
+        reader: &mut UserSliceReader,
+        _offset: &mut file::Offset,
+    ) -> Result<usize> {
+        let len = reader.len();
+        let (pid, None) = read_numbers(reader)? else {
+            return Err(EINVAL);
+        };
+
+        self.0.detach(as_pid(pid)?)?;
+        Ok(len)
+    }
+}
+
+/// The module: dropping it removes the two files, then the targets.
+#[pin_data]
+struct MmuNotifierTrace {
+    #[pin]
+    attach: File<Attach>,
+    #[pin]
+    detach: File<Detach>,
+}
+
+impl kernel::InPlaceModule for MmuNotifierTrace {
+    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        pin_init::pin_init_scope(|| {
+            let dir = Dir::new(c"mmu_notifier_trace")?;
+            let targets_dir = dir.clone();
+            let targets = Arc::pin_init(
+                pin_init!(Targets {
+                    list <- new_mutex!(KVec::new()),
+                    dir: targets_dir,
+                }),
+                GFP_KERNEL,
+            )?;
+
+            Ok(try_pin_init!(Self {
+                attach <- dir.write_binary_file(c"attach", Attach(targets.clone())),
+                detach <- dir.write_binary_file(c"detach", Detach(targets)),
+            }))
+        })
+    }
+}

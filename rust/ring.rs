@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A ring of fixed-size entries that many threads write at once and that overwrites its oldest.
+//!
+//! Needs `core` and storage from its caller; it touches nothing but that storage, so that it
+//! compiles in the kernel and in user space.
+//!
+//! Writers never block, sleep, allocate or fail. Each takes the next sequence number, which names
+//! the slot, claims the slot, writes, and publishes. A writer that stalls while the others go round
+//! the whole ring keeps its slot: who finds it so drops his own entry and counts it as lost. Nobody
+//! waits for anybody, and a reader never sees half of one entry and half of another.
+//!
+//! The atomics are those of `core`, not the kernel's, as the same source runs in user space. The
+//! slots are only ever accessed through them, and relied on is no more than acquire and release.
+
+use core::{
+    ops::Deref,
+    sync::atomic::{
+        fence,
+        AtomicU64,
+        Ordering::{Acquire, Relaxed, Release}, //
+    },
+};
+
+/// Words in an entry.
+pub const WORDS: usize = 7;
+
+/// Room for one entry: a cache line, so that two writers do not share one.
+#[derive(Default)]
+#[repr(C, align(64))]
+pub struct Slot {
+    /// `0`: never claimed. Else `(seq + 1) << 2`, with [`BUSY`] and [`LOST`], of the entry that is
+    /// here or that is being written.
+    stamp: AtomicU64,
+    words: [AtomicU64; WORDS],
+}
+
+/// Bit of a stamp: being written.
+const BUSY: u64 = 1 << 0;
+/// Bit of a stamp: a later entry for this slot was dropped while this one was being written.
+const LOST: u64 = 1 << 1;
+
+const fn stamp(seq: u64) -> u64 {
+    (seq + 1) << 2
+}
+
+/// On a cache line of its own: written by everybody.
+#[repr(align(64))]
+struct Counter(AtomicU64);
+
+/// What a sequence number leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// The entry, whole.
+    Stored([u64; WORDS]),
+    /// It was here, and a later one took its place.
+    Overwritten,
+    /// Its writer found the slot still held by a writer that had been lapped, and dropped it.
+    Lost,
+    /// Not written yet, or about to be.
+    Pending,
+}
+
+/// The ring, over storage `S`: a vector or a boxed slice of [`Slot`]s.
+///
+/// # Invariants
+///
+/// There are a power of two of slots, and always the same ones. While a stamp is [`BUSY`], only
+/// the writer that made it so writes the words of that slot.
+pub struct Ring<S> {
+    slots: S,
+    next: Counter,
+    lost: Counter,
+}
+
+impl<S: Deref<Target = [Slot]>> Ring<S> {
+    /// Makes an empty ring. [`None`] where the number of slots is not a power of two.
+    pub fn new(slots: S) -> Option<Self> {
+        // INVARIANT: `slots` is not public and never exchanged.
+        slots.len().is_power_of_two().then(|| Self {
+            slots,
+            next: Counter(AtomicU64::new(0)),
+            lost: Counter(AtomicU64::new(0)),
+        })
+    }
+
+    fn slot(&self, seq: u64) -> &Slot {
+        let slots = &*self.slots;
+
+        &slots[seq as usize & (slots.len() - 1)]
+    }
+
+    /// Stores an entry under the next sequence number.
+    pub fn push(&self, words: &[u64; WORDS]) {
+        let seq = self.next.0.fetch_add(1, Relaxed);
+        if let Some(claim) = self.claim(seq) {
+            claim.publish(words);
+        }
+    }
+
+    /// Claims the slot of `seq`, or gives `seq` up: because a later writer was faster (to readers,
+    /// `seq` is overwritten), or because an earlier one still holds the slot (`seq` is lost).
+    fn claim(&self, seq: u64) -> Option<Claim<'_>> {
+        let slot = self.slot(seq);
+        let mut seen = slot.stamp.load(Relaxed);
+
+        // Another turn means that another writer got on: the one that held the slot, or a later.
+        loop {
+            if seen > stamp(seq) {
+                return None;
+            }
+
+            let held = seen & BUSY != 0;
+            let wanted = if held { seen | LOST } else { stamp(seq) | BUSY };
+            // Acquire: this entry's words come after those of the entry before.
+            match slot
+                .stamp
+                .compare_exchange_weak(seen, wanted, Acquire, Relaxed)
+            {
+                Ok(_) if held => {
+                    self.lost.0.fetch_add(1, Relaxed);
+                    return None;
+                }
+                // INVARIANT: the stamp was not busy, and this writer made it so.
+                Ok(_) => return Some(Claim(slot)),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// What is stored under `seq`. Does not wait.
+    pub fn get(&self, seq: u64) -> Entry {
+        if seq >= self.recorded() {
+            return Entry::Pending;
+        }
+
+        let slot = self.slot(seq);
+        // Acquire, with the release in `publish`: sees the words that belong to the stamp.
+        let before = slot.stamp.load(Acquire);
+        let words = core::array::from_fn(|index| slot.words[index].load(Relaxed));
+        // With the fence in `publish`: if one of the words is of a later entry, so is the stamp.
+        fence(Acquire);
+        let after = slot.stamp.load(Relaxed);
+
+        if before >> 2 == seq + 1 && before & BUSY == 0 && after >> 2 == seq + 1 {
+            Entry::Stored(words)
+        } else if after >> 2 > seq + 1 {
+            Entry::Overwritten
+        } else if after >> 2 <= seq && after & LOST != 0 {
+            Entry::Lost
+        } else {
+            Entry::Pending
+        }
+    }
+
+    /// Number of slots.
+    pub fn size(&self) -> u64 {
+        self.slots.len() as u64
+    }
+
+    /// Sequence numbers given out so far: the next entry gets this one.
+    pub fn recorded(&self) -> u64 {
+        self.next.0.load(Relaxed)
+    }
+
+    /// Of [`recorded`](Self::recorded), those that the ring no longer has room for. Also the
+    /// lowest sequence number that may still be read.
+    pub fn overwritten(&self) -> u64 {
+        self.recorded().saturating_sub(self.size())
+    }
+
+    /// Of [`recorded`](Self::recorded), those that were never stored, see [`Entry::Lost`].
+    pub fn lost(&self) -> u64 {
+        self.lost.0.load(Relaxed)
+    }
+}
+
+/// A slot that this writer alone may write.
+struct Claim<'a>(&'a Slot);
+
+impl Claim<'_> {
+    fn publish(self, words: &[u64; WORDS]) {
+        let Self(slot) = self;
+
+        // A reader that sees one of the words also sees that the slot is, or was, busy.
+        fence(Release);
+        for (to, &word) in slot.words.iter().zip(words) {
+            to.store(word, Relaxed);
+        }
+        // Keeps `LOST`, which another writer may have added. Release: the words come first.
+        slot.stamp.fetch_and(!BUSY, Release);
+    }
+}
+
+#[cfg(test)]
+mod ring_tests {
+    use super::*;
+    use std::{
+        boxed::Box,
+        sync::atomic::AtomicBool,
+        thread,
+        vec::Vec, //
+    };
+
+    fn ring(size: usize) -> Ring<Box<[Slot]>> {
+        let slots: Vec<_> = (0..size).map(|_| Slot::default()).collect();
+        Ring::new(slots.into_boxed_slice()).unwrap()
+    }
+
+    /// Words that betray a mix of two entries.
+    fn words(value: u64) -> [u64; WORDS] {
+        core::array::from_fn(|index| value.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ index as u64)
+    }
+
+    #[test]
+    fn only_powers_of_two() {
+        for size in [0, 3, 5, 6, 7, 100] {
+            let slots: Vec<_> = (0..size).map(|_| Slot::default()).collect();
+            assert!(Ring::new(slots).is_none(), "{size}");
+        }
+    }
+
+    #[test]
+    fn a_slot_is_a_cache_line() {
+        assert_eq!(core::mem::size_of::<Slot>(), 64);
+        assert_eq!(core::mem::align_of::<Slot>(), 64);
+    }
+
+    #[test]
+    fn empty() {
+        let ring = ring(4);
+        assert_eq!(ring.get(0), Entry::Pending);
+        assert_eq!(ring.get(u64::MAX >> 2), Entry::Pending);
+        assert_eq!(
+            (ring.recorded(), ring.overwritten(), ring.lost()),
+            (0, 0, 0)
+        );
+    }
+
+    #[test]
+    fn wraps_around() {
+        for size in [1, 2, 8] {
+            let ring = ring(size);
+            for seq in 0..100 {
+                ring.push(&words(seq));
+                let oldest = (seq + 1).saturating_sub(size as u64);
+                assert_eq!(ring.overwritten(), oldest);
+                for old in 0..oldest {
+                    assert_eq!(ring.get(old), Entry::Overwritten);
+                }
+                for kept in oldest..=seq {
+                    assert_eq!(ring.get(kept), Entry::Stored(words(kept)));
+                }
+                assert_eq!(ring.get(seq + 1), Entry::Pending);
+            }
+            assert_eq!((ring.recorded(), ring.lost()), (100, 0));
+        }
+    }
+
+    #[test]
+    fn a_lapped_writer_costs_the_next_entry_not_its_own() {
+        let ring = ring(2);
+        let stalled = ring.next.0.fetch_add(1, Relaxed);
+        let claim = ring.claim(stalled).unwrap();
+        assert_eq!(ring.get(0), Entry::Pending);
+
+        for seq in 1..=4 {
+            ring.push(&words(seq));
+        }
+        // 2 and 4 found the slot held; 1 and 3 had the other one.
+        assert_eq!(ring.lost(), 2);
+        assert_eq!(ring.get(1), Entry::Overwritten);
+        assert_eq!(ring.get(3), Entry::Stored(words(3)));
+        assert_eq!(ring.get(4), Entry::Lost);
+
+        claim.publish(&words(0));
+        assert_eq!(ring.get(0), Entry::Stored(words(0)));
+        assert_eq!(ring.get(4), Entry::Lost);
+
+        // The next one round takes the slot back.
+        ring.push(&words(5));
+        ring.push(&words(6));
+        assert_eq!(ring.get(6), Entry::Stored(words(6)));
+        assert_eq!(ring.get(0), Entry::Overwritten);
+        assert_eq!(ring.lost(), 2);
+    }
+
+    #[test]
+    fn a_late_writer_gives_way_to_a_later_one() {
+        let ring = ring(1);
+        let late = ring.next.0.fetch_add(1, Relaxed);
+        ring.push(&words(1));
+        assert!(ring.claim(late).is_none());
+        assert_eq!(ring.get(0), Entry::Overwritten);
+        assert_eq!(ring.get(1), Entry::Stored(words(1)));
+        assert_eq!(ring.lost(), 0);
+    }
+
+    /// Writers on all sides, one reader that follows and one that skips, until all is written.
+    fn hammer(size: usize, writers: u64, each: u64) {
+        let ring = ring(size);
+        let done = AtomicBool::new(false);
+
+        thread::scope(|scope| {
+            let readers: Vec<_> = (0..2)
+                .map(|stride| {
+                    let (ring, done) = (&ring, &done);
+                    scope.spawn(move || {
+                        let mut stored = 0u64;
+                        let mut seq = 0;
+                        while !done.load(Relaxed) {
+                            match ring.get(seq) {
+                                Entry::Stored(got) => {
+                                    check(&got, writers, each);
+                                    stored += 1;
+                                    seq += 1 + stride * 7;
+                                }
+                                Entry::Overwritten => seq = ring.overwritten(),
+                                Entry::Lost => seq += 1,
+                                Entry::Pending => thread::yield_now(),
+                            }
+                            if seq > ring.recorded() {
+                                seq = ring.overwritten();
+                            }
+                        }
+                        stored
+                    })
+                })
+                .collect();
+            let writers: Vec<_> = (0..writers)
+                .map(|writer| {
+                    let ring = &ring;
+                    scope.spawn(move || {
+                        for count in 0..each {
+                            ring.push(&words(writer * each + count));
+                        }
+                    })
+                })
+                .collect();
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            done.store(true, Relaxed);
+            for reader in readers {
+                reader.join().unwrap();
+            }
+        });
+
+        assert_eq!(ring.recorded(), writers * each);
+        // At rest every slot holds what belongs there, unless it was lost.
+        let mut missing = 0;
+        let mut seen = Vec::new();
+        for seq in ring.overwritten()..ring.recorded() {
+            match ring.get(seq) {
+                Entry::Stored(got) => seen.push(check(&got, writers, each)),
+                Entry::Lost => missing += 1,
+                other => panic!("{seq}: {other:?}"),
+            }
+        }
+        assert!(missing <= ring.lost());
+        let stored = seen.len();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), stored, "an entry is there twice");
+    }
+
+    fn check(got: &[u64; WORDS], writers: u64, each: u64) -> u64 {
+        // The inverse of the odd constant in `words`, modulo 2^64.
+        let mut inverse = 1u64;
+        for _ in 0..6 {
+            let product = inverse.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            inverse = inverse.wrapping_mul(2u64.wrapping_sub(product));
+        }
+        let value = got[0].wrapping_mul(inverse);
+        assert_eq!(*got, words(value), "a torn entry");
+        assert!(value < writers * each, "an entry that nobody wrote");
+        value
+    }
+
+    #[test]
+    fn concurrent_writers() {
+        hammer(1024, 4, 50_000);
+    }
+
+    #[test]
+    fn concurrent_writers_with_no_room() {
+        hammer(1, 4, 50_000);
+        hammer(2, 4, 50_000);
+    }
+
+    #[test]
+    fn a_stalled_reader_holds_nobody_up() {
+        let ring = ring(4);
+        ring.push(&words(0));
+        let held = ring.get(0);
+        for seq in 1..1000 {
+            ring.push(&words(seq));
+        }
+        assert_eq!(held, Entry::Stored(words(0)));
+        assert_eq!(ring.get(0), Entry::Overwritten);
+        assert_eq!(ring.lost(), 0);
+    }
+}
