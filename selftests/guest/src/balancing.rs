@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0
+//! NUMA balancing as a test needs it: nodes and CPUs, memory policies of this process, and the scan settings of
+//! the machine, which are put back.
+
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+const SYSCTL: &str = "/proc/sys/kernel/numa_balancing";
+const DEBUGFS: &str = "/sys/kernel/debug/sched/numa_balancing";
+
+/// The CPUs of `node`.
+pub fn node_cpus(node: usize) -> Result<Vec<usize>> {
+    let path = format!("/sys/devices/system/node/node{node}/cpulist");
+    let text = fs::read_to_string(&path)
+        .with_context(|| format!("{path}: the tests need two NUMA nodes with CPUs"))?;
+    let mut cpus = Vec::new();
+    for part in text.trim().split(',').filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let first: usize = first.parse().with_context(|| path.clone())?;
+        let last: usize = last.parse().with_context(|| path.clone())?;
+        cpus.extend(first..=last);
+    }
+    if cpus.is_empty() {
+        bail!("{path}: node {node} has no CPU: the tests need two nodes with CPUs");
+    }
+    Ok(cpus)
+}
+
+/// Lets the calling thread run on `cpus` only.
+pub fn set_affinity(cpus: &[usize]) -> Result<()> {
+    // SAFETY: cpu_set_t is plain data, CPU_SET checks its bounds, and the kernel only reads the set.
+    let rc = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        for cpu in cpus {
+            libc::CPU_SET(*cpu, &mut set);
+        }
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    };
+    if rc != 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("run on CPUs {cpus:?}"));
+    }
+    Ok(())
+}
+
+/// Keeps scans out of this thread's memory and out of that of threads made later: strictly bound memory is never
+/// scanned. What is to be scanned says so by [`allow_scans`], so that the kernel's counters count that alone.
+pub fn forbid_scans(node: usize) -> Result<()> {
+    let nodes: libc::c_ulong = 1 << node;
+    // SAFETY: the kernel reads `maxnode - 1` bits of `nodes`, which is as long.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_set_mempolicy,
+            libc::MPOL_BIND,
+            &nodes,
+            libc::c_ulong::BITS as libc::c_ulong,
+        )
+    };
+    if rc != 0 {
+        return Err(io::Error::last_os_error()).context("set_mempolicy(MPOL_BIND): CONFIG_NUMA?");
+    }
+    Ok(())
+}
+
+/// Lets scans into `addresses` of this process, whole pages: memory of nodes 0 and 1 that balancing may move.
+/// New pages come from the node of the CPU that touches them first.
+pub fn allow_scans(addresses: Range<u64>) -> Result<()> {
+    let nodes: libc::c_ulong = 0b11;
+    // SAFETY: changes only where pages may come from; the kernel reads `maxnode - 1` bits of `nodes`.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            addresses.start,
+            addresses.end - addresses.start,
+            libc::MPOL_BIND | libc::MPOL_F_NUMA_BALANCING,
+            &nodes,
+            libc::c_ulong::BITS as libc::c_ulong,
+            0,
+        )
+    };
+    if rc != 0 {
+        return Err(io::Error::last_os_error())
+            .context("mbind(MPOL_BIND | MPOL_F_NUMA_BALANCING): needs two nodes with memory");
+    }
+    Ok(())
+}
+
+/// The scan settings of the machine, fast, and balancing off until [`Settings::enable`]; dropped, it puts back
+/// what was there.
+pub struct Settings {
+    saved: Vec<(PathBuf, String)>,
+}
+
+impl Settings {
+    /// Makes scans as fast as the kernel lets them be. A process takes its scan delay over when it starts, so
+    /// this comes before the process under test.
+    pub fn fast() -> Result<Settings> {
+        let mut settings = Settings { saved: Vec::new() };
+        settings.replace(PathBuf::from(SYSCTL), "0")?;
+        for (name, value) in [
+            ("scan_delay_ms", "10"),
+            ("scan_period_min_ms", "100"),
+            ("scan_period_max_ms", "100"),
+            ("scan_size_mb", "256"),
+        ] {
+            settings.replace(PathBuf::from(DEBUGFS).join(name), value)?;
+        }
+        Ok(settings)
+    }
+
+    fn replace(&mut self, path: PathBuf, value: &str) -> Result<()> {
+        let remedy = || {
+            format!(
+                "{}: needs root, CONFIG_NUMA_BALANCING and debugfs",
+                path.display()
+            )
+        };
+        let old = fs::read_to_string(&path).with_context(remedy)?;
+        fs::write(&path, value).with_context(remedy)?;
+        self.saved.push((path, old));
+        Ok(())
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        // The period's lower bound may not pass the upper one on the way back: hence the reverse order.
+        for (path, value) in self.saved.iter().rev() {
+            if let Err(error) = fs::write(path, value.trim()) {
+                eprintln!("{}: not put back: {error}", path.display());
+            }
+        }
+    }
+}
+
+/// Switches NUMA balancing of the machine on or off. Off, no new scan starts.
+pub fn enable(on: bool) -> Result<()> {
+    fs::write(SYSCTL, if on { "1" } else { "0" }).context(SYSCTL)
+}
+
+/// How many scans of this process's whole address space have ended.
+pub fn scan_seq() -> Result<u64> {
+    let path = "/proc/self/sched";
+    let text = fs::read_to_string(path).context(path)?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("mm->numa_scan_seq"))
+        .and_then(|rest| rest.trim_start().strip_prefix(':'))
+        .and_then(|value| value.trim().parse().ok())
+        .with_context(|| format!("{path}: no mm->numa_scan_seq: is CONFIG_NUMA_BALANCING set?"))
+}
+
+/// Waits until `scans` more scans have ended. Some thread of this process must be using CPU time in user mode.
+pub fn wait_for_scans(scans: u64, limit: Duration) -> Result<u64> {
+    let first = scan_seq()?;
+    let begun = Instant::now();
+    loop {
+        let done = scan_seq()? - first;
+        if done >= scans {
+            return Ok(done);
+        }
+        if begun.elapsed() > limit {
+            bail!("{done} of {scans} NUMA scans in {limit:?}: is the machine overloaded?");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A virtual machine for tests of NUMA balancing: it touches `/dev/kvm`, its own memory and its own threads,
+//! and, in [`balancing`] and [`memcg`], settings of the machine that are put back.
+//!
+//! Every count of pages, here and in the programs, is in base pages of [`PAGE`] bytes, huge pages included.
+//!
+//! - [`memory`]: guest memory of a chosen backing, on a chosen node, pinned or not, with known contents.
+//! - [`vm`]: the machine and its vCPU threads, which sweep that memory.
+//! - [`stats`]: KVM's binary statistics.
+//! - [`balancing`]: NUMA balancing of this process: CPUs, policies, scans.
+//! - [`memcg`]: what the memory cgroup counted of it.
+//! - [`ktap`]: how results are printed.
+
+#![deny(missing_docs)]
+
+pub mod balancing;
+pub mod ktap;
+pub mod memcg;
+pub mod memory;
+pub mod stats;
+pub mod vm;
+
+/// Size of a base page in bytes.
+pub const PAGE: usize = 4096;

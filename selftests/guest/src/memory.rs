@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Guest memory with known contents: mapped, placed, filled, pinned and checked; touches its own mapping only.
+//!
+//! Each base page holds, from its start, one little-endian 32-bit word for each vCPU, which that vCPU counts up, and in
+//! the last eight bytes of each 64-byte line a tag made from the line's guest address.
+
+use std::io;
+use std::ops::Range;
+use std::ptr;
+use std::str::FromStr;
+
+use anyhow::{bail, Context, Result};
+use io_uring::IoUring;
+use serde::{Deserialize, Serialize};
+
+use crate::{balancing, PAGE};
+
+/// Size of a huge page in bytes.
+pub const HUGE_PAGE: usize = 2 << 20;
+/// The longest buffer that io_uring registers, in bytes.
+const MAX_BUFFER: usize = 1 << 30;
+/// Of `linux/mempolicy.h`: move only pages that no other process maps.
+const MPOL_MF_MOVE: libc::c_int = 1 << 1;
+const LINE: usize = 64;
+const TAG: usize = LINE - 8;
+
+/// What guest memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Backing {
+    /// Private anonymous memory in base pages.
+    Anon,
+    /// A shared mapping of a memfd.
+    Memfd,
+    /// Private anonymous memory in transparent huge pages.
+    Thp,
+}
+
+/// How much of it is long-term pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pinned {
+    /// Nothing.
+    None,
+    /// Every other stripe of 1 MiB, or of one huge page; the first stripe is not pinned.
+    Half,
+    /// Everything.
+    All,
+}
+
+impl Backing {
+    /// The name used in test names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Backing::Anon => "anon",
+            Backing::Memfd => "memfd",
+            Backing::Thp => "thp",
+        }
+    }
+
+    /// Base pages in one page of this backing.
+    pub fn unit(self) -> usize {
+        match self {
+            Backing::Anon | Backing::Memfd => 1,
+            Backing::Thp => HUGE_PAGE / PAGE,
+        }
+    }
+}
+
+impl Pinned {
+    /// The name used in test names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pinned::None => "none",
+            Pinned::Half => "half",
+            Pinned::All => "all",
+        }
+    }
+}
+
+impl FromStr for Backing {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Backing> {
+        [Backing::Anon, Backing::Memfd, Backing::Thp]
+            .into_iter()
+            .find(|one| one.name() == text)
+            .with_context(|| format!("{text}: not a backing: anon, memfd or thp"))
+    }
+}
+
+impl FromStr for Pinned {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Pinned> {
+        [Pinned::None, Pinned::Half, Pinned::All]
+            .into_iter()
+            .find(|one| one.name() == text)
+            .with_context(|| format!("{text}: not a share of pinned memory: none, half or all"))
+    }
+}
+
+/// Memory for a guest, which NUMA balancing may scan. Unmapped, and unpinned, when dropped.
+pub struct GuestMemory {
+    base: *mut u8,
+    len: usize,
+    backing: Backing,
+    pinned: Pinned,
+    /// Holds the pins.
+    _ring: Option<IoUring>,
+}
+
+// SAFETY: the mapping belongs to no thread, and everything that changes while guests run is read volatile.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMemory {}
+
+impl GuestMemory {
+    /// Maps `len` bytes (a multiple of 2 MiB) at a multiple of 2 MiB, places them on `node`, fills and pins them.
+    /// Fails if a page came from another node.
+    pub fn new(backing: Backing, pinned: Pinned, len: usize, node: usize) -> Result<GuestMemory> {
+        if len == 0 || len % HUGE_PAGE != 0 {
+            bail!("guest memory of {len} bytes: give a multiple of {HUGE_PAGE}");
+        }
+        let mut memory = GuestMemory {
+            base: map_aligned(backing, len)?,
+            len,
+            backing,
+            pinned,
+            _ring: None,
+        };
+        let advice = match backing {
+            Backing::Thp => libc::MADV_HUGEPAGE,
+            Backing::Anon | Backing::Memfd => libc::MADV_NOHUGEPAGE,
+        };
+        // SAFETY: advice about our own mapping, which keeps its contents.
+        if unsafe { libc::madvise(memory.base.cast(), len, advice) } != 0 {
+            return Err(io::Error::last_os_error())
+                .context("madvise(): is CONFIG_TRANSPARENT_HUGEPAGE set?");
+        }
+        balancing::allow_scans(memory.addresses())?;
+        let cpus = balancing::node_cpus(node)?;
+        std::thread::scope(|scope| {
+            let filled = scope.spawn(|| -> Result<()> {
+                balancing::set_affinity(&cpus)?;
+                memory.fill();
+                Ok(())
+            });
+            filled.join().expect("filling memory does not panic")
+        })
+        .with_context(|| format!("place guest memory on node {node}"))?;
+        memory.pin()?;
+
+        let nodes = memory.nodes()?;
+        if let Some(page) = nodes.iter().position(|at| *at != node as i32) {
+            bail!(
+                "page {page} of guest memory is on node {} instead of {node}: free some memory there",
+                nodes[page]
+            );
+        }
+        Ok(memory)
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> usize {
+        self.len
+    }
+
+    /// Size in base pages.
+    pub fn pages(&self) -> usize {
+        self.len / PAGE
+    }
+
+    /// What it is made of.
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// The addresses it takes in this process.
+    pub fn addresses(&self) -> Range<u64> {
+        let start = self.base as u64;
+        start..start + self.len as u64
+    }
+
+    /// Whether base page `page` is pinned.
+    pub fn is_pinned(&self, page: usize) -> bool {
+        match self.pinned {
+            Pinned::None => false,
+            Pinned::Half => page * PAGE / self.stripe() % 2 == 1,
+            Pinned::All => true,
+        }
+    }
+
+    /// The addresses of the pinned parts in this process, ascending.
+    pub fn pinned_addresses(&self) -> Vec<Range<u64>> {
+        let (whole, stripe) = (self.addresses(), self.stripe());
+        match self.pinned {
+            Pinned::None => Vec::new(),
+            Pinned::Half => whole
+                .skip(stripe)
+                .step_by(2 * stripe)
+                .map(|start| start..start + stripe as u64)
+                .collect(),
+            Pinned::All => vec![whole],
+        }
+    }
+
+    /// The node of each base page.
+    pub fn nodes(&self) -> Result<Vec<i32>> {
+        self.move_pages(0..self.pages(), None)
+    }
+
+    /// Moves every unpinned page to `node`, as far as the kernel can.
+    pub fn move_to(&self, node: usize) -> Result<()> {
+        let unpinned = (0..self.pages()).filter(|page| !self.is_pinned(*page));
+        self.move_pages(unpinned, Some(node as libc::c_int))
+            .map(drop)
+    }
+
+    /// Asks where pages are, or moves them to `node`. Gives the node of each, or its negative errno.
+    fn move_pages(
+        &self,
+        pages: impl Iterator<Item = usize>,
+        node: Option<libc::c_int>,
+    ) -> Result<Vec<libc::c_int>> {
+        let pages: Vec<*mut u8> = pages
+            .map(|page| self.base.wrapping_add(page * PAGE))
+            .collect();
+        let targets = node.map(|node| vec![node; pages.len()]);
+        let mut status = vec![-libc::ENOENT; pages.len()];
+        // SAFETY: the arrays have as many elements as said; pages keep their contents when they move.
+        let rc = unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                0,
+                pages.len(),
+                pages.as_ptr(),
+                targets.as_ref().map_or(ptr::null(), |nodes| nodes.as_ptr()),
+                status.as_mut_ptr(),
+                MPOL_MF_MOVE,
+            )
+        };
+        // A positive number counts pages that could not be moved.
+        if rc < 0 {
+            return Err(io::Error::last_os_error())
+                .context("move_pages(): is CONFIG_NUMA_MIGRATION set?");
+        }
+        Ok(status)
+    }
+
+    /// Compares all contents with what they must be: `expected[vcpu][page]` counted by each vCPU, and every tag.
+    /// Says how many words differ, and where the first one is. No vCPU may run.
+    pub fn verify(&self, expected: &[Vec<u32>]) -> Result<(), String> {
+        let mut wrong = 0usize;
+        let mut first = None;
+        for page in 0..self.pages() {
+            let at = self.base.wrapping_add(page * PAGE);
+            for (vcpu, counts) in expected.iter().enumerate() {
+                // SAFETY: inside the mapping and aligned.
+                let word = u32::from_le(unsafe { at.cast::<u32>().add(vcpu).read_volatile() });
+                if word != counts[page] {
+                    wrong += 1;
+                    first.get_or_insert_with(|| {
+                        format!(
+                            "page {page}: vCPU {vcpu} counted {word} of {}",
+                            counts[page]
+                        )
+                    });
+                }
+            }
+            for offset in (TAG..PAGE).step_by(LINE) {
+                // SAFETY: inside the mapping and aligned.
+                let tag = unsafe { at.add(offset).cast::<u64>().read_volatile() };
+                if tag != self.tag(page * PAGE + offset) {
+                    wrong += 1;
+                    first.get_or_insert_with(|| {
+                        format!("page {page}: tag {tag:#x} at offset {offset}")
+                    });
+                }
+            }
+        }
+        match first {
+            None => Ok(()),
+            Some(first) => Err(format!("{wrong} words differ, the first in {first}")),
+        }
+    }
+
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    fn stripe(&self) -> usize {
+        match self.backing {
+            Backing::Anon | Backing::Memfd => 1 << 20,
+            Backing::Thp => HUGE_PAGE,
+        }
+    }
+
+    /// Not zero, and different for each address (SplitMix64's finaliser is a bijection).
+    fn tag(&self, address: usize) -> u64 {
+        let mut z = (address as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn fill(&self) {
+        for address in (TAG..self.len).step_by(LINE) {
+            // SAFETY: inside the mapping and aligned; nobody else uses it yet.
+            unsafe {
+                self.base
+                    .add(address)
+                    .cast::<u64>()
+                    .write_volatile(self.tag(address));
+            }
+        }
+    }
+
+    /// Pins by registering the pinned parts as io_uring buffers.
+    fn pin(&mut self) -> Result<()> {
+        let buffers: Vec<libc::iovec> = self
+            .pinned_addresses()
+            .into_iter()
+            .flat_map(|part| {
+                let end = part.end;
+                part.step_by(MAX_BUFFER).map(move |start| libc::iovec {
+                    iov_base: start as *mut libc::c_void,
+                    iov_len: MAX_BUFFER.min((end - start) as usize),
+                })
+            })
+            .collect();
+        if buffers.is_empty() {
+            return Ok(());
+        }
+        let ring = IoUring::new(1).context("io_uring_setup(): is CONFIG_IO_URING set?")?;
+        // SAFETY: the buffers are parts of a mapping that is unmapped after the ring is closed.
+        unsafe { ring.submitter().register_buffers(&buffers) }
+            .context("IORING_REGISTER_BUFFERS: needs root or a higher RLIMIT_MEMLOCK")?;
+        self._ring = Some(ring);
+        Ok(())
+    }
+}
+
+impl Drop for GuestMemory {
+    fn drop(&mut self) {
+        self._ring = None;
+        // SAFETY: our own mapping, and every user of it borrows or shares `self`.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// Maps `len` bytes at a multiple of the huge page size.
+fn map_aligned(backing: Backing, len: usize) -> Result<*mut u8> {
+    let failed = |what: &str| {
+        let error = io::Error::last_os_error();
+        Err(error).with_context(|| format!("{what} {len} bytes of guest memory"))
+    };
+    // SAFETY: address space that is new, of which the part at the aligned address is mapped over and the rest unmapped.
+    unsafe {
+        let room = len + HUGE_PAGE;
+        let reserved = libc::mmap(
+            ptr::null_mut(),
+            room,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        );
+        if reserved == libc::MAP_FAILED {
+            return failed("reserve");
+        }
+        let before = reserved.align_offset(HUGE_PAGE);
+        let base = reserved.add(before);
+        libc::munmap(reserved, before);
+        libc::munmap(base.add(len), room - before - len);
+
+        let fixed = libc::MAP_FIXED;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let mapped = match backing {
+            Backing::Anon | Backing::Thp => {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed;
+                libc::mmap(base, len, access, flags, -1, 0)
+            }
+            Backing::Memfd => {
+                let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+                if fd < 0 {
+                    return failed("memfd_create() for");
+                }
+                if libc::ftruncate(fd, len as libc::off_t) != 0 {
+                    return failed("ftruncate() to");
+                }
+                let mapped = libc::mmap(base, len, access, libc::MAP_SHARED | fixed, fd, 0);
+                libc::close(fd);
+                mapped
+            }
+        };
+        if mapped == libc::MAP_FAILED {
+            return failed("map");
+        }
+        Ok(base.cast())
+    }
+}

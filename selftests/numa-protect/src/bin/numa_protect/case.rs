@@ -1,0 +1,588 @@
+// SPDX-License-Identifier: GPL-2.0
+//! One case, measured: a VM of one kind of memory under NUMA scans; uses this process, `/dev/kvm` and the recorder.
+//!
+//! Guest memory lies on node 1, both vCPUs run on node 0, all else of the process on node 1. First comes the *stepped* part, in which nothing happens at the
+//! same time, so that every count is exact. After a warm-up pass that maps everything, each step is
+//!
+//! 1. a scan: the guest is stopped, its threads use CPU time in user mode until two whole scans have ended: the first
+//!    may have begun before the guest stopped;
+//! 2. a pass: scans are off, one vCPU after the other sweeps guest memory.
+//!
+//! Then guest memory goes back to node 1, and the guest runs freely for a while, both vCPUs at once and against each
+//! other, with scans going on.
+//!
+//! Only guest memory is scanned, the rest of the process is bound strictly to its node; so the cgroup's counts are
+//! guest memory's.
+
+use std::fs;
+use std::io::{self, Write};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use guest::balancing;
+use guest::memcg::{self, Counters, Source};
+use guest::memory::{Backing, GuestMemory, Pinned};
+use guest::vm::{Sweep, Vm};
+use serde::{Deserialize, Serialize};
+use trace::client::{Client, Stats};
+use trace::record::Record;
+use trace::sequence::Sequence;
+
+/// The node of the vCPUs.
+const CPU_NODE: usize = 0;
+/// The node on which guest memory starts.
+const MEMORY_NODE: usize = 1;
+const VCPUS: usize = 2;
+/// Scans in each step.
+const SCANS: u64 = 2;
+/// Scans that the guest runs freely under, at the least.
+const FREE_SCANS: u64 = 4;
+/// Room in the recorder, in records.
+const RECORDS: u64 = 1 << 18;
+/// The longest that scans may take.
+const LIMIT: Duration = Duration::from_secs(45);
+
+/// Which pages a pass touches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// All.
+    Whole,
+    /// In every other step, beginning with the first, only every other page (huge page).
+    TouchedHalf,
+}
+
+/// A kind of guest memory and how it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// What guest memory is made of.
+    pub backing: Backing,
+    /// How much of it is pinned.
+    pub pinned: Pinned,
+    /// Which pages a pass touches.
+    pub layout: Layout,
+}
+
+impl Case {
+    /// The first part of the names of its tests, and the name of its files.
+    pub fn name(self) -> String {
+        let backing = self.backing.name();
+        match self.layout {
+            Layout::Whole => format!("{backing}.pinned_{}", self.pinned.name()),
+            Layout::TouchedHalf => format!("{backing}.touched_half"),
+        }
+    }
+}
+
+/// How to run a case.
+pub struct Plan {
+    /// The case.
+    pub case: Case,
+    /// Guest memory in bytes.
+    pub memory: usize,
+    /// Steps that are counted.
+    pub steps: u32,
+    /// Length of the part in which the guest runs freely.
+    pub free_run: Duration,
+    /// Where files go.
+    pub results: PathBuf,
+    /// The memory cgroup to run in; without one, the machine's counters are used.
+    pub memcg: Option<PathBuf>,
+}
+
+/// What was counted in one case. All pages are base pages of 4 KiB; a huge page counts as 512. Everything but
+/// `free_run`, `pages_on_node` and `elapsed_s` is of the stepped part alone.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Figures {
+    /// Name of the case.
+    pub name: String,
+    /// `anon`, `memfd` or `thp`.
+    pub backing: Backing,
+    /// `none`, `half` or `all`.
+    pub pinned: Pinned,
+    /// `whole` or `touched_half`.
+    pub layout: Layout,
+    /// Pages of guest memory.
+    pub guest_pages: u64,
+    /// Pages of it that are pinned.
+    pub pinned_pages: u64,
+    /// Steps of scans and a pass.
+    pub steps: u32,
+    /// Complete scans of the address space.
+    pub scans: u64,
+    /// Pages made PROT_NONE by scans (`numa_pte_updates`).
+    pub hinted: u64,
+    /// Faults on hints; one for a huge page (`numa_hint_faults`).
+    pub hint_faults: u64,
+    /// Pages migrated (`numa_pages_migrated`).
+    pub migrated: u64,
+    /// Pages that KVM had mapped before a scan and no longer after it.
+    pub dropped: u64,
+    /// The same, counted in mappings: one for a huge page.
+    pub dropped_mappings: u64,
+    /// Faults that KVM took in the passes to map pages again (`pf_fixed`).
+    pub faults: u64,
+    /// KVM's requests to flush the TLBs of all vCPUs (`remote_tlb_flush_requests`).
+    pub flush_requests: u64,
+    /// Such flushes done (`remote_tlb_flush`).
+    pub flushes: u64,
+    /// What the recorder saw, where it is loaded.
+    pub recorded: Option<Recorded>,
+    /// Each step.
+    pub each_step: Vec<Step>,
+    /// The free-running part.
+    pub free_run: FreeRun,
+    /// In the end, pages of guest memory on node 0 and on node 1.
+    pub pages_on_node: [u64; 2],
+    /// Length of the whole case in seconds.
+    pub elapsed_s: f64,
+}
+
+/// What the recorder saw in the stepped part.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Recorded {
+    /// `invalidate_range_start()` calls of any kind.
+    pub notifier_starts: u64,
+    /// Of those, calls whose range meets guest memory while the guest was stopped, that is, those of the scans.
+    pub scan_starts: u64,
+    /// Start/end pairs flagged as a NUMA scan's.
+    pub numa_pairs: u64,
+    /// `numa_protect()` calls.
+    pub reports: u64,
+    /// Stretches in them.
+    pub stretches: u64,
+    /// Pages that they say were hinted.
+    pub reported: u64,
+}
+
+/// One step.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Step {
+    /// Unpinned pages touched since the scan before: what the scans of this step should hint.
+    pub expected: u64,
+    /// Pages hinted by the scans.
+    pub hinted: u64,
+    /// Pages dropped by the scans.
+    pub dropped: u64,
+    /// Mappings dropped by the scans.
+    pub dropped_mappings: u64,
+    /// Pages that reports of the scans say were hinted.
+    pub reported: u64,
+    /// Faults of the pass.
+    pub faults: u64,
+    /// Mappings that the pass put back.
+    pub mapped_again: u64,
+    /// Mappings missing after the pass, compared with the beginning.
+    pub still_missing: i64,
+    /// Whether the pass touched all pages.
+    pub whole_pass: bool,
+    /// Hint faults in the pass.
+    pub hint_faults: u64,
+    /// Pages migrated.
+    pub migrated: u64,
+    /// Complete scans.
+    pub scans: u64,
+    /// Flush requests during the scans.
+    pub flush_requests_scan: u64,
+    /// Flush requests during the pass.
+    pub flush_requests_pass: u64,
+    /// Flushes during both.
+    pub flushes: u64,
+    /// Sequence number of the first record of the scans.
+    pub first_record: u64,
+    /// Sequence number after their last record.
+    pub end_record: u64,
+}
+
+/// The part in which the guest runs while scans go on.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct FreeRun {
+    /// Its length in seconds.
+    pub elapsed_s: f64,
+    /// Complete passes over guest memory, all vCPUs together.
+    pub passes: u64,
+    /// Complete scans.
+    pub scans: u64,
+    /// Pages hinted.
+    pub hinted: u64,
+    /// Pages that reports say were hinted.
+    pub reported: u64,
+    /// Hint faults.
+    pub hint_faults: u64,
+    /// Pages migrated.
+    pub migrated: u64,
+    /// KVM's faults.
+    pub faults: u64,
+    /// KVM's flush requests.
+    pub flush_requests: u64,
+    /// KVM's flushes.
+    pub flushes: u64,
+    /// Sequence number of its first record.
+    pub first_record: u64,
+}
+
+/// All that the checks look at.
+pub struct Measured {
+    /// The figures.
+    pub figures: Figures,
+    /// What was recorded, of both parts, and the recorder's counts; `None` where it is not loaded.
+    pub recording: Option<(Sequence, Stats)>,
+    /// Addresses of guest memory.
+    pub guest: Range<u64>,
+    /// Addresses of the pinned parts of it.
+    pub pinned: Vec<Range<u64>>,
+    /// Whether guest memory held what it must in the end.
+    pub contents: Result<(), String>,
+    /// Pinned pages that are not where they were.
+    pub pinned_moved: u64,
+    /// Unpinned pages that are still where they were.
+    pub unpinned_left: u64,
+}
+
+/// Counters at one moment.
+#[derive(Clone, Copy)]
+struct Snapshot {
+    numa: Counters,
+    scans: u64,
+    mapped: u64,
+    mappings: u64,
+    faults: u64,
+    flush_requests: u64,
+    flushes: u64,
+    /// Records read so far.
+    records: u64,
+}
+
+struct Bench {
+    vm: Vm,
+    memory: Arc<GuestMemory>,
+    source: Source,
+    client: Option<Client>,
+    records: Vec<Record>,
+    /// What each vCPU must have counted in each page.
+    counted: Vec<Vec<u32>>,
+}
+
+/// Runs a case. `progress` is called every few seconds at least.
+pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
+    let begun = Instant::now();
+    let case = plan.case;
+    let name = case.name();
+    let mut bench = Bench::new(plan)?;
+    progress(format!(
+        "{name}: {} pages of guest memory on node {MEMORY_NODE}, {VCPUS} vCPUs on node {CPU_NODE}",
+        bench.memory.pages()
+    ));
+    let whole = Sweep {
+        first: 0,
+        stride: 1,
+        count: bench.memory.pages(),
+    };
+    bench.pass(whole, 0)?;
+    if trace::client::is_loaded() {
+        bench.client = Some(Client::attach_self(RECORDS)?);
+    }
+
+    let mut steps = Vec::new();
+    let mut touched = whole;
+    let first = bench.snapshot()?;
+    let mut before = first;
+    for number in 0..plan.steps {
+        let expected = bench.unpinned(touched);
+        bench.scan()?;
+        let between = bench.snapshot()?;
+        touched = match case.layout {
+            Layout::TouchedHalf if number % 2 == 0 => Sweep {
+                first: 0,
+                stride: 2 * case.backing.unit() as isize,
+                count: bench.memory.pages() / case.backing.unit() / 2,
+            },
+            Layout::Whole | Layout::TouchedHalf => whole,
+        };
+        bench.pass(touched, number as usize)?;
+        let after = bench.snapshot()?;
+        let step = Step {
+            expected,
+            hinted: between.numa.pte_updates - before.numa.pte_updates,
+            dropped: before.mapped.saturating_sub(between.mapped),
+            dropped_mappings: before.mappings.saturating_sub(between.mappings),
+            reported: 0,
+            faults: after.faults - between.faults,
+            mapped_again: after.mappings.saturating_sub(between.mappings),
+            still_missing: first.mappings as i64 - after.mappings as i64,
+            whole_pass: touched == whole,
+            hint_faults: after.numa.hint_faults - between.numa.hint_faults,
+            migrated: after.numa.migrated - before.numa.migrated,
+            scans: between.scans - before.scans,
+            flush_requests_scan: between.flush_requests - before.flush_requests,
+            flush_requests_pass: after.flush_requests - between.flush_requests,
+            flushes: after.flushes - before.flushes,
+            first_record: before.records,
+            end_record: between.records,
+        };
+        progress(format!(
+            "{name}: step {}: {} pages hinted, {} dropped, {} faults, {} migrated, {} flush requests",
+            number + 1,
+            step.hinted,
+            step.dropped,
+            step.faults,
+            step.migrated,
+            step.flush_requests_scan + step.flush_requests_pass,
+        ));
+        steps.push(step);
+        before = after;
+    }
+    if let Some(client) = &bench.client {
+        client.copy_trace(&plan.results.join(format!("{name}.trace")))?;
+        progress(format!("{name}: {} records so far", bench.records.len()));
+    }
+
+    // So that there is something to migrate under load, too.
+    bench.memory.move_to(MEMORY_NODE)?;
+    let start = bench.snapshot()?;
+    let (elapsed, passes) = bench.free_run(whole, plan.free_run)?;
+    let end = bench.snapshot()?;
+    let mut free_run = FreeRun {
+        elapsed_s: elapsed.as_secs_f64(),
+        passes,
+        scans: end.scans - start.scans,
+        hinted: end.numa.pte_updates - start.numa.pte_updates,
+        reported: 0,
+        hint_faults: end.numa.hint_faults - start.numa.hint_faults,
+        migrated: end.numa.migrated - start.numa.migrated,
+        faults: end.faults - start.faults,
+        flush_requests: end.flush_requests - start.flush_requests,
+        flushes: end.flushes - start.flushes,
+        first_record: start.records,
+    };
+    progress(format!(
+        "{name}: {passes} passes in {:.1} s under {} scans: {} pages hinted, {} migrated, {} faults",
+        free_run.elapsed_s, free_run.scans, free_run.hinted, free_run.migrated, free_run.faults
+    ));
+
+    let nodes = bench.memory.nodes()?;
+    let on_node = |node| nodes.iter().filter(|at| **at == node).count() as u64;
+    let away = |pinned| {
+        let all = nodes.iter().enumerate();
+        all.filter(|(page, _)| bench.memory.is_pinned(*page) == pinned)
+            .filter(|(_, at)| **at != MEMORY_NODE as i32)
+            .count() as u64
+    };
+    let unpinned = bench.unpinned(whole);
+    let (pinned_moved, unpinned_left) = (away(true), unpinned - away(false));
+    let pages_on_node = [on_node(0), on_node(1)];
+    let contents = bench.memory.verify(&bench.counted);
+
+    let recording = match bench.client.take() {
+        None => None,
+        Some(client) => {
+            let stats = client.stats()?;
+            drop(client);
+            write_records(plan, &name, &bench.records)?;
+            let sequence = Sequence::new(std::mem::take(&mut bench.records));
+            for step in &mut steps {
+                step.reported = reported(&sequence, step.first_record..step.end_record);
+            }
+            free_run.reported = reported(&sequence, free_run.first_record..u64::MAX);
+            Some((sequence, stats))
+        }
+    };
+    let recorded = recording
+        .as_ref()
+        .map(|(sequence, _)| summarise(sequence, &steps, free_run.first_record, &bench.memory));
+    let sum = |field: fn(&Step) -> u64| steps.iter().map(field).sum();
+    let figures = Figures {
+        name,
+        backing: case.backing,
+        pinned: case.pinned,
+        layout: case.layout,
+        guest_pages: whole.count as u64,
+        pinned_pages: whole.count as u64 - unpinned,
+        steps: plan.steps,
+        scans: sum(|step| step.scans),
+        hinted: sum(|step| step.hinted),
+        hint_faults: sum(|step| step.hint_faults),
+        migrated: sum(|step| step.migrated),
+        dropped: sum(|step| step.dropped),
+        dropped_mappings: sum(|step| step.dropped_mappings),
+        faults: sum(|step| step.faults),
+        flush_requests: sum(|step| step.flush_requests_scan + step.flush_requests_pass),
+        flushes: sum(|step| step.flushes),
+        recorded,
+        free_run,
+        pages_on_node,
+        elapsed_s: begun.elapsed().as_secs_f64(),
+        each_step: steps,
+    };
+    Ok(Measured {
+        figures,
+        recording,
+        guest: bench.memory.addresses(),
+        pinned: bench.memory.pinned_addresses(),
+        contents,
+        pinned_moved,
+        unpinned_left,
+    })
+}
+
+impl Bench {
+    fn new(plan: &Plan) -> Result<Bench> {
+        let source = match &plan.memcg {
+            Some(path) => {
+                memcg::join(path)?;
+                Source::Memcg(path.clone())
+            }
+            None => Source::Vmstat,
+        };
+        balancing::forbid_scans(CPU_NODE)?;
+        // The vCPUs' processors are left to them: where a scan has to yield, KVM flushes once more.
+        balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
+        let case = plan.case;
+        let memory = GuestMemory::new(case.backing, case.pinned, plan.memory, MEMORY_NODE)?;
+        let memory = Arc::new(memory);
+        let cpus = balancing::node_cpus(CPU_NODE)?;
+        let cpus: Vec<usize> = cpus.into_iter().cycle().take(VCPUS).collect();
+        Ok(Bench {
+            vm: Vm::new(&memory, &cpus)?,
+            counted: vec![vec![0; memory.pages()]; VCPUS],
+            memory,
+            source,
+            client: None,
+            records: Vec::new(),
+        })
+    }
+
+    /// Of the pages that `sweep` touches, or whose huge page it touches, those that are not pinned.
+    fn unpinned(&self, sweep: Sweep) -> u64 {
+        let step = sweep.stride as usize;
+        let unit = self.memory.backing().unit();
+        let each = if step < unit { 1 } else { unit as u64 };
+        let free = sweep.pages().filter(|page| !self.memory.is_pinned(*page));
+        each * free.count() as u64
+    }
+
+    /// One pass of each vCPU, one after the other, beginning with vCPU `first` (modulo their number).
+    fn pass(&mut self, sweep: Sweep, first: usize) -> Result<()> {
+        for turn in 0..VCPUS {
+            let vcpu = (first + turn) % VCPUS;
+            self.vm.pass(vcpu, sweep)?;
+            self.count(vcpu, sweep, 1);
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, vcpu: usize, sweep: Sweep, passes: u64) {
+        for page in sweep.pages() {
+            let word = &mut self.counted[vcpu][page];
+            *word = word.wrapping_add(passes as u32);
+        }
+    }
+
+    /// Scans the process, the guest being stopped.
+    fn scan(&self) -> Result<()> {
+        self.vm.while_spinning(|| {
+            balancing::enable(true)?;
+            let waited = balancing::wait_for_scans(SCANS, LIMIT);
+            balancing::enable(false)?;
+            waited.map(drop)
+        })
+    }
+
+    /// Lets the vCPUs run against each other under scans for about `time`. Gives the time taken and the passes made.
+    fn free_run(&mut self, whole: Sweep, time: Duration) -> Result<(Duration, u64)> {
+        let begun = Instant::now();
+        let sweeps = [whole, whole.reversed()];
+        let (client, records) = (&mut self.client, &mut self.records);
+        let ((), passes) = self.vm.while_running(&sweeps, || {
+            balancing::enable(true)?;
+            let first = balancing::scan_seq()?;
+            let mut watch = || -> Result<()> {
+                while begun.elapsed() < time || balancing::scan_seq()? < first + FREE_SCANS {
+                    ensure!(begun.elapsed() < LIMIT, "too few scans in {LIMIT:?}");
+                    std::thread::sleep(Duration::from_millis(100).min(time));
+                    if let Some(client) = client {
+                        client.read_new(records)?;
+                    }
+                }
+                Ok(())
+            };
+            let watched = watch();
+            balancing::enable(false)?;
+            watched
+        })?;
+        let elapsed = begun.elapsed();
+        for (vcpu, passes) in passes.iter().enumerate() {
+            self.count(vcpu, sweeps[vcpu], *passes);
+        }
+        Ok((elapsed, passes.iter().sum()))
+    }
+
+    fn snapshot(&mut self) -> Result<Snapshot> {
+        let numa = self.source.read()?;
+        if let Some(client) = &mut self.client {
+            client.read_new(&mut self.records)?;
+        }
+        let [small, huge, giant] =
+            ["pages_4k", "pages_2m", "pages_1g"].map(|name| self.vm.stat(name));
+        let [small, huge, giant] = [small?, huge?, giant?];
+        Ok(Snapshot {
+            numa,
+            scans: balancing::scan_seq()?,
+            mapped: small + (huge << 9) + (giant << 18),
+            mappings: small + huge + giant,
+            faults: self.vm.vcpu_stat("pf_fixed")?,
+            flush_requests: self.vm.stat("remote_tlb_flush_requests")?,
+            flushes: self.vm.stat("remote_tlb_flush")?,
+            records: self.records.len() as u64,
+        })
+    }
+}
+
+/// The pages that the reports begun within `records` say were hinted.
+fn reported(sequence: &Sequence, records: Range<u64>) -> u64 {
+    sequence
+        .reports
+        .iter()
+        .filter(|report| records.contains(&report.stretches[0].seq))
+        .map(|report| report.pages())
+        .sum()
+}
+
+fn summarise(sequence: &Sequence, steps: &[Step], end: u64, memory: &GuestMemory) -> Recorded {
+    let guest = memory.addresses();
+    let stepped = |record: &Record| record.seq < end;
+    let pairs = || sequence.pairs.iter().filter(|pair| stepped(&pair.start));
+    let reports = || {
+        sequence
+            .reports
+            .iter()
+            .filter(|one| stepped(&one.stretches[0]))
+    };
+    let of_scan = |record: &Record| {
+        let in_scan = |step: &Step| (step.first_record..step.end_record).contains(&record.seq);
+        record.start < guest.end && record.end > guest.start && steps.iter().any(in_scan)
+    };
+    Recorded {
+        notifier_starts: pairs().count() as u64,
+        scan_starts: pairs().filter(|pair| of_scan(&pair.start)).count() as u64,
+        numa_pairs: pairs().filter(|pair| pair.is_numa()).count() as u64,
+        reports: reports().count() as u64,
+        stretches: reports().map(|one| one.stretches.len() as u64).sum(),
+        reported: reports().map(|one| one.pages()).sum(),
+    }
+}
+
+fn write_records(plan: &Plan, name: &str, records: &[Record]) -> Result<()> {
+    let path = plan.results.join(format!("{name}.records"));
+    let write = || -> io::Result<()> {
+        let mut out = io::BufWriter::with_capacity(1 << 18, fs::File::create(&path)?);
+        for record in records {
+            out.write_all(&record.to_bytes())?;
+        }
+        out.flush()
+    };
+    write().with_context(|| path.display().to_string())
+}

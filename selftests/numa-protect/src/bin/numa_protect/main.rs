@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a NUMA scan does to a VM, for every kind of guest memory; changes the machine's scan settings while it runs.
+//!
+//! Prints KTAP; see `case.rs` for what is measured and `check.rs` for what is asserted. Each case runs in a process of its
+//! own, in a memory cgroup of its own. Leaves in the folder `--results`: `numa_protect.json`, see [`Output`], and of
+//! each case, where the recorder is loaded, `CASE.records` (all its records) and `CASE.trace` (its readable trace of the
+//! stepped part).
+
+mod case;
+mod check;
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use clap::Parser;
+use guest::balancing::Settings;
+use guest::ktap::{diagnostic, Ktap, Outcome};
+use guest::memcg::Memcg;
+use guest::memory::{Backing, Pinned};
+use serde::{Deserialize, Serialize};
+
+use case::{Case, Figures, Layout};
+
+/// A case that says nothing for so long is stopped.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// What a NUMA scan does to a VM.
+#[derive(Parser)]
+struct Args {
+    /// Folder for the results.
+    #[arg(long, default_value = ".")]
+    results: PathBuf,
+    /// Guest memory in MiB, a multiple of 4.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=2044))]
+    memory: u32,
+    /// Steps of one scan and one pass over guest memory that are counted.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
+    steps: u32,
+    /// How long the guest then runs with scans going on, in milliseconds, at the least.
+    #[arg(long, default_value_t = 2000)]
+    free_run: u64,
+    /// Only the cases whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Run this one case here and talk to the parent; its memory cgroup, if it has one, is given by `--memcg`.
+    #[arg(long, hide = true)]
+    child: Option<String>,
+    #[arg(long, hide = true, requires = "child")]
+    memcg: Option<PathBuf>,
+}
+
+/// What a case tells its parent, one JSON object a line.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Message {
+    /// A sign of life.
+    Progress(String),
+    /// The outcome of one of the case's tests.
+    Result { test: String, outcome: Outcome },
+    /// All that was measured.
+    Figures(Box<Figures>),
+}
+
+/// `numa_protect.json`.
+#[derive(Serialize)]
+struct Output {
+    /// Name of the program.
+    program: &'static str,
+    /// Release of the kernel.
+    kernel: String,
+    /// Whether the recorder was loaded.
+    recorder: bool,
+    /// The cases that came to their end, in order.
+    cases: Vec<Figures>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Some(name) = &args.child {
+        return match run_child(name, &args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                tell(&Message::Progress(format!("{name}: {error:#}")));
+                ExitCode::FAILURE
+            }
+        };
+    }
+    match run(&args) {
+        Ok(code) => code,
+        Err(error) => {
+            diagnostic(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for backing in [Backing::Anon, Backing::Memfd, Backing::Thp] {
+        for pinned in [Pinned::None, Pinned::Half, Pinned::All] {
+            cases.push(Case {
+                backing,
+                pinned,
+                layout: Layout::Whole,
+            });
+        }
+        cases.push(Case {
+            backing,
+            pinned: Pinned::None,
+            layout: Layout::TouchedHalf,
+        });
+    }
+    cases
+}
+
+fn run(args: &Args) -> Result<ExitCode> {
+    if args.memory % 4 != 0 {
+        bail!("--memory {}: give a multiple of 4", args.memory);
+    }
+    let cases: Vec<Case> = cases()
+        .into_iter()
+        .filter(|case| case.name().contains(&args.only))
+        .collect();
+    if cases.is_empty() {
+        bail!("no case's name contains {}", args.only);
+    }
+    let mut ktap = Ktap::start(cases.iter().map(|case| check::tests(*case).len()).sum());
+    let recorder = trace::client::is_loaded();
+    let settings = match missing() {
+        None => Some(Settings::fast()?),
+        Some(_) => None,
+    };
+    let mut figures = Vec::new();
+    for case in cases {
+        let name = case.name();
+        let mut outcomes = HashMap::new();
+        let rest = match missing().or_else(|| missing_for(case)) {
+            Some(reason) => Outcome::Skip(reason),
+            None => match run_case(case, args, &mut outcomes) {
+                Ok(one) => {
+                    figures.extend(one);
+                    Outcome::NotOk("not judged".into())
+                }
+                Err(error) => Outcome::NotOk(format!("{error:#}")),
+            },
+        };
+        for test in check::tests(case) {
+            ktap.result(
+                &format!("{name}.{test}"),
+                outcomes.get(test).unwrap_or(&rest),
+            );
+        }
+    }
+    drop(settings);
+    let output = Output {
+        program: "numa_protect",
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease")?
+            .trim()
+            .into(),
+        recorder,
+        cases: figures,
+    };
+    let path = args.results.join("numa_protect.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&output)? + "\n")
+        .with_context(|| path.display().to_string())?;
+    Ok(ktap.finish())
+}
+
+/// What no case can do without.
+fn missing() -> Option<String> {
+    [
+        (
+            "/dev/kvm",
+            "CONFIG_KVM_INTEL or CONFIG_KVM_AMD, and a processor that KVM runs on",
+        ),
+        (
+            "/sys/devices/system/node/node1/cpulist",
+            "two NUMA nodes, and CONFIG_NUMA",
+        ),
+        ("/proc/sys/kernel/numa_balancing", "CONFIG_NUMA_BALANCING"),
+        (
+            "/sys/kernel/debug/sched/numa_balancing",
+            "CONFIG_DEBUG_FS, mounted, and root",
+        ),
+    ]
+    .into_iter()
+    .find(|(path, _)| !Path::new(path).exists())
+    .map(|(path, remedy)| format!("no {path}: needs {remedy}"))
+}
+
+/// What this case cannot do without.
+fn missing_for(case: Case) -> Option<String> {
+    let thp = case.backing == Backing::Thp;
+    if thp && !Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+        return Some("no transparent huge pages: needs CONFIG_TRANSPARENT_HUGEPAGE".into());
+    }
+    let pins = case.pinned != Pinned::None;
+    if pins && !Path::new("/proc/sys/kernel/io_uring_disabled").exists() {
+        return Some("no io_uring to pin with: needs CONFIG_IO_URING".into());
+    }
+    None
+}
+
+/// Runs `case` in a process of its own and takes down what it says.
+fn run_case(
+    case: Case,
+    args: &Args,
+    outcomes: &mut HashMap<String, Outcome>,
+) -> Result<Option<Figures>> {
+    let name = case.name();
+    let memcg = match Memcg::create(&format!("numa_protect.{}.{name}", std::process::id())) {
+        Ok(memcg) => Some(memcg),
+        Err(error) => {
+            diagnostic(&format!(
+                "{name}: counting the whole machine instead: {error:#}"
+            ));
+            None
+        }
+    };
+    let mut command = Command::new(std::env::current_exe().context("own program")?);
+    command.arg("--child").arg(&name);
+    command.arg("--results").arg(&args.results);
+    command.args(["--memory", &args.memory.to_string()]);
+    command.args(["--steps", &args.steps.to_string()]);
+    command.args(["--free-run", &args.free_run.to_string()]);
+    if let Some(memcg) = &memcg {
+        command.arg("--memcg").arg(memcg.path());
+    }
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start the case's process")?;
+    let stdout = child.stdout.take().context("the case's output")?;
+    let (sender, lines) = channel();
+    let reader = std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    let mut figures = None;
+    let silent = loop {
+        match lines.recv_timeout(SILENCE) {
+            Ok(line) => match serde_json::from_str(&line) {
+                Ok(Message::Progress(text)) => diagnostic(&text),
+                Ok(Message::Result { test, outcome }) => {
+                    outcomes.insert(test, outcome);
+                }
+                Ok(Message::Figures(one)) => figures = Some(*one),
+                Err(error) => diagnostic(&format!("{name}: {line}: {error}")),
+            },
+            Err(RecvTimeoutError::Disconnected) => break false,
+            Err(RecvTimeoutError::Timeout) => break true,
+        }
+    };
+    if silent {
+        child.kill().context("stop the case's process")?;
+    }
+    let status = child.wait().context("wait for the case's process")?;
+    drop(lines);
+    let _ = reader.join();
+    if silent {
+        bail!("{name} said nothing for {SILENCE:?} and was stopped");
+    }
+    if !status.success() {
+        bail!("{name} did not come to its end: {status}");
+    }
+    Ok(figures)
+}
+
+fn run_child(name: &str, args: &Args) -> Result<()> {
+    let case = cases()
+        .into_iter()
+        .find(|case| case.name() == name)
+        .with_context(|| format!("no case {name}"))?;
+    let plan = case::Plan {
+        case,
+        memory: (args.memory as usize) << 20,
+        steps: args.steps,
+        free_run: Duration::from_millis(args.free_run),
+        results: args.results.clone(),
+        memcg: args.memcg.clone(),
+    };
+    let measured = case::measure(&plan, |text| tell(&Message::Progress(text)))?;
+    for (test, outcome) in check::judge(case, &measured) {
+        let test = test.into();
+        tell(&Message::Result { test, outcome });
+    }
+    tell(&Message::Figures(Box::new(measured.figures)));
+    Ok(())
+}
+
+/// A parent that went away is no reason to stop in the middle of a measurement.
+fn tell(message: &Message) {
+    if let Ok(line) = serde_json::to_string(message) {
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}

@@ -1,0 +1,449 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The recorder itself: what it answers to bad input, what it records of a known sequence, and that nothing of it stays
+//! behind. Attaches to itself and to children of its own; loads and unloads the module.
+//!
+//! Prints KTAP. Without the module, loaded or at `--module`, all tests are skipped.
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::Parser;
+use guest::ktap::{diagnostic, Ktap, Outcome};
+use trace::client::{is_loaded, Client};
+use trace::record::{event, flag, kind, Record};
+
+const MODULE: &str = "mmu_notifier_trace";
+const ROOT: &str = "/sys/kernel/debug/mmu_notifier_trace";
+/// How often the module is loaded, used and unloaded.
+const CYCLES: usize = 100;
+/// Cycles after which the memory that the kernel uses must not grow any more.
+const WARM_UP: usize = 20;
+
+/// The recorder: bad input, a known sequence, loading and unloading.
+#[derive(Parser)]
+struct Args {
+    /// Folder for results; this program leaves none.
+    #[arg(long, default_value = ".")]
+    results: PathBuf,
+    /// The module, for the tests that load it.
+    #[arg(long, default_value = "/mmu_notifier_trace.ko")]
+    module: PathBuf,
+    /// Do nothing until the end of standard input: be the process that the tests attach to.
+    #[arg(long, hide = true)]
+    wait: bool,
+}
+
+type Test = fn(&Args) -> Result<()>;
+
+const TESTS: &[(&str, Test)] = &[
+    ("attach.bad_input", |_| bad_input("attach")),
+    ("attach.no_such_process", |_| no_such_process()),
+    ("attach.kernel_thread", |_| {
+        refused("attach", "2", libc::EINVAL)
+    }),
+    ("attach.bad_size", |_| bad_size()),
+    ("attach.twice", |_| twice()),
+    ("detach.bad_input", |_| bad_input("detach")),
+    ("detach.not_attached", |_| {
+        refused("detach", &std::process::id().to_string(), libc::ENOENT)
+    }),
+    ("records.known_sequence", |_| known_sequence()),
+    ("records.overwritten", |_| overwritten()),
+    ("records.after_exit", |_| after_exit()),
+    ("module.unload_while_attached", unload_while_attached),
+    ("module.cycles", cycles),
+];
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.wait {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        return ExitCode::SUCCESS;
+    }
+    let mut ktap = Ktap::start(TESTS.len());
+    for (name, test) in TESTS {
+        let name = format!("recorder.{name}");
+        let outcome = match () {
+            () if !is_loaded() => {
+                Outcome::Skip(format!("{MODULE} not loaded (CONFIG_RUST, insmod)"))
+            }
+            () if name.contains(".module.") && !args.module.exists() => {
+                Outcome::Skip(format!("no {}: --module", args.module.display()))
+            }
+            () => match test(&args) {
+                Ok(()) => Outcome::Ok,
+                Err(error) => Outcome::NotOk(format!("{error:#}")),
+            },
+        };
+        ktap.result(&name, &outcome);
+    }
+    ktap.finish()
+}
+
+/// One write(2) of `text`, however short.
+fn write_once(file: &str, text: &str) -> io::Result<()> {
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(Path::new(ROOT).join(file))?;
+    // SAFETY: the descriptor is open and the buffer is as long as said.
+    let written = unsafe { libc::write(file.as_raw_fd(), text.as_ptr().cast(), text.len()) };
+    match written {
+        -1 => Err(io::Error::last_os_error()),
+        _ if written as usize == text.len() => Ok(()),
+        _ => Err(io::Error::other(format!(
+            "{written} of {} bytes written",
+            text.len()
+        ))),
+    }
+}
+
+/// The names in the recorder's folder.
+fn attached() -> Result<BTreeSet<String>> {
+    let names =
+        fs::read_dir(ROOT)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    names.collect()
+}
+
+/// Writing `text` fails with `errno` and changes nothing.
+fn refused(file: &str, text: &str, errno: i32) -> Result<()> {
+    let before = attached()?;
+    let answer = write_once(file, text);
+    let expected = io::Error::from_raw_os_error(errno);
+    match answer {
+        Ok(()) => bail!("{file} takes {text:?}; expected: {expected}"),
+        Err(error) if error.raw_os_error() != Some(errno) => {
+            bail!("{file} answers {text:?} with: {error}; expected: {expected}")
+        }
+        Err(_) => ensure!(
+            attached()? == before,
+            "{text:?}, though refused, changed what is attached"
+        ),
+    }
+    Ok(())
+}
+
+fn bad_input(file: &str) -> Result<()> {
+    for text in [
+        "",
+        "\n",
+        "pid",
+        "1 2 3",
+        "-1",
+        "12x",
+        "0x10",
+        "1.5",
+        &"9".repeat(100),
+    ] {
+        refused(file, text, libc::EINVAL)?;
+    }
+    for text in ["99999999999", "2147483648", "99999999999999999999999"] {
+        refused(file, text, libc::ERANGE)?;
+    }
+    Ok(())
+}
+
+/// A process that lives until it is given an end of its input.
+fn child() -> Result<Child> {
+    let mut command = Command::new(std::env::current_exe()?);
+    Ok(command.arg("--wait").stdin(Stdio::piped()).spawn()?)
+}
+
+fn end(mut child: Child) -> Result<()> {
+    drop(child.stdin.take());
+    let status = child.wait()?;
+    ensure!(
+        status.success(),
+        "the child did not come to its end: {status}"
+    );
+    Ok(())
+}
+
+fn no_such_process() -> Result<()> {
+    let gone = child()?;
+    let pid = gone.id().to_string();
+    end(gone)?;
+    refused("attach", &pid, libc::ESRCH)?;
+    refused("attach", "0", libc::ESRCH)
+}
+
+fn bad_size() -> Result<()> {
+    let pid = std::process::id();
+    for size in ["0", "3", "65535", "8388608"] {
+        refused("attach", &format!("{pid} {size}"), libc::EINVAL)?;
+    }
+    Ok(())
+}
+
+fn twice() -> Result<()> {
+    let client = Client::attach_self(1024)?;
+    let pid = std::process::id().to_string();
+    refused("attach", &pid, libc::EEXIST)?;
+    refused("attach", &format!("{pid} 2048"), libc::EEXIST)?;
+    ensure!(
+        client.stats()?.size == 1024,
+        "the second attach changed the ring of the first"
+    );
+    Ok(())
+}
+
+/// Memory of our own that nobody else changes.
+struct Pages {
+    start: *mut u8,
+    length: usize,
+}
+
+impl Pages {
+    fn new(count: usize) -> Result<Pages> {
+        let length = count * 4096;
+        let (prot, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, prot, flags, -1, 0) };
+        ensure!(
+            start != libc::MAP_FAILED,
+            "mmap: {}",
+            io::Error::last_os_error()
+        );
+        let pages = Pages {
+            start: start.cast(),
+            length,
+        };
+        for page in 0..count {
+            // SAFETY: within the mapping, which is writable.
+            unsafe { pages.start.add(page * 4096).write_volatile(1) };
+        }
+        Ok(pages)
+    }
+
+    fn protect(&self, prot: i32) -> Result<()> {
+        // SAFETY: the mapping is ours, and nobody holds a reference into it.
+        let status = unsafe { libc::mprotect(self.start.cast(), self.length, prot) };
+        ensure!(status == 0, "mprotect: {}", io::Error::last_os_error());
+        Ok(())
+    }
+
+    fn discard(&self) -> Result<()> {
+        // SAFETY: as in `protect`.
+        let status = unsafe { libc::madvise(self.start.cast(), self.length, libc::MADV_DONTNEED) };
+        ensure!(status == 0, "madvise: {}", io::Error::last_os_error());
+        Ok(())
+    }
+
+    /// What was recorded of exactly this mapping.
+    fn seen_in(&self, records: &[Record]) -> Vec<(u8, u8, u16)> {
+        let (start, end) = (self.start as u64, self.start as u64 + self.length as u64);
+        let ours = records
+            .iter()
+            .filter(|record| (record.start, record.end) == (start, end));
+        ours.map(|record| (record.kind, record.event, record.flags))
+            .collect()
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and gone with this value.
+        unsafe { libc::munmap(self.start.cast(), self.length) };
+    }
+}
+
+fn known_sequence() -> Result<()> {
+    let pages = Pages::new(16)?;
+    let mut client = Client::attach_self(4096)?;
+    pages.protect(libc::PROT_READ)?;
+    pages.protect(libc::PROT_READ | libc::PROT_WRITE)?;
+    pages.discard()?;
+    let mut records = Vec::new();
+    client.read_new(&mut records)?;
+    let pair = |event| {
+        let both = [kind::INVALIDATE_RANGE_START, kind::INVALIDATE_RANGE_END];
+        both.map(|kind| (kind, event, flag::BLOCKABLE))
+    };
+    let expected = [
+        pair(event::PROTECTION_VMA),
+        pair(event::PROTECTION_VMA),
+        pair(event::CLEAR),
+    ]
+    .concat();
+    let seen = pages.seen_in(&records);
+    ensure!(
+        seen == expected,
+        "recorded {seen:?}, expected {expected:?} (kind, event, flags)"
+    );
+    let tid = std::process::id();
+    let ours = records
+        .iter()
+        .filter(|record| record.tid == tid && record.comm().starts_with("recorder"));
+    ensure!(
+        ours.count() == records.len(),
+        "records of other threads: {records:?}"
+    );
+    Ok(())
+}
+
+/// A ring too small keeps the latest, counts the others, and shows the gap.
+fn overwritten() -> Result<()> {
+    const SIZE: u64 = 64;
+    let pages = Pages::new(1)?;
+    let mut client = Client::attach_self(SIZE)?;
+    for _ in 0..SIZE {
+        pages.protect(libc::PROT_READ)?;
+        pages.protect(libc::PROT_READ | libc::PROT_WRITE)?;
+    }
+    let stats = client.stats()?;
+    ensure!(
+        stats.recorded >= 4 * SIZE,
+        "{stats:?}: 4 records for each of {SIZE} rounds"
+    );
+    ensure!(
+        stats.overwritten == stats.recorded - SIZE && stats.lost == 0,
+        "{stats:?}: all but {SIZE} overwritten"
+    );
+    let mut records = Vec::new();
+    client.read_new(&mut records)?;
+    for (seq, record) in (0..).zip(&records) {
+        let kept = seq >= stats.overwritten;
+        ensure!(
+            record.seq == seq,
+            "record {seq} says that it is {}",
+            record.seq
+        );
+        ensure!(
+            (record.kind == kind::OVERWRITTEN) != kept,
+            "record {seq} of {stats:?} is {record:?}"
+        );
+    }
+    ensure!(
+        records.len() as u64 >= stats.recorded,
+        "{} records of {stats:?}",
+        records.len()
+    );
+    Ok(())
+}
+
+/// The trace of a process that exits ends with its release and stays until it is detached.
+fn after_exit() -> Result<()> {
+    let child = child()?;
+    let pid = child.id().to_string();
+    write_once("attach", &pid)?;
+    end(child)?;
+    let trace = fs::read_to_string(Path::new(ROOT).join(&pid).join("trace"))?;
+    write_once("detach", &pid)?;
+    let last = trace.lines().last().unwrap_or_default();
+    ensure!(
+        last.contains(": release:"),
+        "the trace of a process that exited ends with: {last}"
+    );
+    ensure!(
+        !attached()?.contains(&pid),
+        "{pid} is detached and still there"
+    );
+    Ok(())
+}
+
+fn load(module: &Path) -> Result<()> {
+    let file = File::open(module).with_context(|| module.display().to_string())?;
+    // SAFETY: the descriptor is open, the parameter string is empty and static.
+    let status =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    ensure!(
+        status == 0,
+        "loading {}: {}",
+        module.display(),
+        io::Error::last_os_error()
+    );
+    Ok(())
+}
+
+fn unload() -> Result<()> {
+    let name = CString::new(MODULE)?;
+    // SAFETY: the name is a valid string for the call.
+    let status = unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) };
+    ensure!(
+        status == 0,
+        "unloading {MODULE}: {}",
+        io::Error::last_os_error()
+    );
+    Ok(())
+}
+
+/// Unloading detaches; the process goes on, and its trace is gone.
+fn unload_while_attached(args: &Args) -> Result<()> {
+    let child = child()?;
+    write_once("attach", &child.id().to_string())?;
+    write_once("attach", &std::process::id().to_string())?;
+    unload()?;
+    let there = Path::new(ROOT).exists();
+    load(&args.module)?;
+    end(child)?;
+    ensure!(!there, "{ROOT} outlived the module");
+    drop(Pages::new(16)?);
+    let left = attached()?;
+    ensure!(left.len() == 2, "attached after loading anew: {left:?}");
+    Ok(())
+}
+
+/// Loads, attaches, runs, detaches, unloads; the kernel's memory does not grow.
+fn cycles(args: &Args) -> Result<()> {
+    // A ring is larger than what the kernel's memory varies by: losing one in four cycles would show.
+    const RING: u64 = 1 << 14;
+    let mut before = 0;
+    for cycle in 0..CYCLES {
+        if cycle == WARM_UP {
+            before = kernel_memory()?;
+        }
+        if cycle % 10 == 0 {
+            diagnostic(&format!("recorder.module.cycles: {cycle} of {CYCLES}"));
+        }
+        unload()?;
+        load(&args.module)?;
+        let child = child()?;
+        write_once("attach", &format!("{} {RING}", child.id()))?;
+        let client = Client::attach_self(RING)?;
+        let pages = Pages::new(16)?;
+        pages.protect(libc::PROT_READ)?;
+        drop(pages);
+        ensure!(
+            client.stats()?.recorded > 0,
+            "cycle {cycle}: nothing recorded"
+        );
+        drop(client);
+        write_once("detach", &child.id().to_string())?;
+        end(child)?;
+    }
+    let grown = kernel_memory()?.saturating_sub(before);
+    let limit = (CYCLES - WARM_UP) as u64 / 4 * RING * 64;
+    ensure!(
+        grown < limit,
+        "{CYCLES} cycles: the kernel uses {grown} bytes more, a ring in four cycles is {limit}"
+    );
+    diagnostic(&format!(
+        "recorder.module.cycles: the kernel uses {grown} bytes more"
+    ));
+    Ok(())
+}
+
+/// What the kernel uses for itself, in bytes: slab and vmalloc.
+fn kernel_memory() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let field = |name: &str| -> Result<u64> {
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(name))
+            .with_context(|| format!("no {name} in meminfo"))?;
+        let kib = line
+            .split_whitespace()
+            .nth(1)
+            .context("meminfo: no number")?;
+        Ok(kib.parse::<u64>()? * 1024)
+    };
+    Ok(field("Slab:")? + field("VmallocUsed:")?)
+}

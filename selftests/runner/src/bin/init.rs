@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: GPL-2.0
+//! PID 1 of the test guest: mounts the file systems, loads the recorder, runs the test programs one after the
+//! other, powers off. Touches the guest only; the results leave it through the 9p share `results`.
+//!
+//! Arguments (after `--` on the kernel's command line): names of programs in /tests, each with its own arguments
+//! after commas (`NAME,--arg,value`); none means all. `--trial` only says that user space was reached.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{bail, Context, Result};
+use runner::marker::{Marker, Status};
+
+const MODULE: &str = "mmu_notifier_trace";
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if std::process::id() != 1 {
+        eprintln!("init: this is the first program of a test guest; scripts/boot starts it");
+        std::process::exit(1);
+    }
+    if let Err(error) = run(&arguments) {
+        say(&Marker::Error(format!("{error:#}").replace('\n', "; ")));
+    }
+    power_off();
+}
+
+fn run(arguments: &[String]) -> Result<()> {
+    mount("proc", "/proc", "proc", "")?;
+    mount("sysfs", "/sys", "sysfs", "")?;
+    mount("devtmpfs", "/dev", "devtmpfs", "")?;
+    say(&Marker::UserSpace {
+        kvm: Path::new("/dev/kvm").exists(),
+    });
+    if arguments.iter().any(|argument| argument == "--trial") {
+        say(&Marker::Done);
+        return Ok(());
+    }
+    mount("debugfs", "/sys/kernel/debug", "debugfs", "")?;
+    mount("tracefs", "/sys/kernel/tracing", "tracefs", "")?;
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", "")?;
+    mount("tmpfs", "/tmp", "tmpfs", "")?;
+    mount(
+        "results",
+        "/results",
+        "9p",
+        "trans=virtio,version=9p2000.L,msize=262144",
+    )?;
+    let module = load_module().with_context(|| format!("loading /{MODULE}.ko"))?;
+    let mut programs = arguments.to_vec();
+    if programs.is_empty() {
+        for entry in fs::read_dir("/tests").context("/tests")? {
+            programs.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        programs.sort();
+    }
+    for program in &programs {
+        let mut words = program.split(',');
+        let name = words.next().unwrap_or_default();
+        say(&Marker::Run(name.to_string()));
+        let status = run_program(name, words).with_context(|| format!("running /tests/{name}"))?;
+        fs::write(format!("/results/{name}.status"), format!("{status}\n")).context("/results")?;
+        say(&Marker::Ended(name.to_string(), status));
+    }
+    if module {
+        unload_module().with_context(|| format!("unloading {MODULE}"))?;
+    }
+    say(&Marker::Done);
+    Ok(())
+}
+
+/// Runs one program; its standard output goes to the console and to /results/NAME.ktap.
+fn run_program<'a>(name: &str, arguments: impl Iterator<Item = &'a str>) -> Result<Status> {
+    let mut file = File::create(format!("/results/{name}.ktap"))?;
+    let mut child = Command::new(format!("/tests/{name}"))
+        .args(["--results", "/results"])
+        .args(arguments)
+        .current_dir("/tmp")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let output = child.stdout.take().context("no pipe")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let mut line = line?;
+        line.push(b'\n');
+        io::stdout().write_all(&line)?;
+        file.write_all(&line)?;
+    }
+    let status = child.wait()?;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Ok(Status::Exit(code)),
+        (None, Some(signal)) => Ok(Status::Signal(signal)),
+        (None, None) => bail!("neither exit nor signal: {status}"),
+    }
+}
+
+fn say(marker: &Marker) {
+    // Begin a line of its own whatever a program left there. Nobody is left to hear of an error here.
+    let _ = write!(io::stdout(), "\n{marker}\n").and_then(|()| io::stdout().flush());
+}
+
+fn mount(source: &str, target: &str, kind: &str, options: &str) -> Result<()> {
+    fs::create_dir_all(target).with_context(|| target.to_string())?;
+    let c = |text: &str| CString::new(text);
+    let (source, target_c, kind_c, options) = (c(source)?, c(target)?, c(kind)?, c(options)?);
+    // SAFETY: all five are valid for the call; the kernel copies them.
+    let status = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target_c.as_ptr(),
+            kind_c.as_ptr(),
+            0,
+            options.as_ptr().cast(),
+        )
+    };
+    if status != 0 {
+        return Err(io::Error::last_os_error())
+            .with_context(|| format!("mounting {kind} at {target}"));
+    }
+    Ok(())
+}
+
+/// Whether there was a module to load.
+fn load_module() -> Result<bool> {
+    let file = match File::open(format!("/{MODULE}.ko")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file?,
+    };
+    // SAFETY: the descriptor is open, the parameter string is empty and static.
+    let status =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    if status != 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    Ok(true)
+}
+
+fn unload_module() -> Result<()> {
+    let name = CString::new(MODULE)?;
+    // SAFETY: the name is a valid string for the call.
+    let status = unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) };
+    if status != 0 {
+        return Err(io::Error::last_os_error().into());
+    }
+    Ok(())
+}
+
+fn power_off() -> ! {
+    // SAFETY: no arguments but the command; does not return where the machine can power off.
+    unsafe {
+        libc::sync();
+        libc::reboot(libc::RB_POWER_OFF);
+        // A machine that cannot power off restarts; QEMU's -no-reboot ends there.
+        libc::reboot(libc::RB_AUTOBOOT);
+    }
+    loop {
+        std::thread::park();
+    }
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The host's command: boots a kernel with the tests, compares two. Writes where its arguments say.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use runner::{boot, compare};
+
+#[derive(Parser)]
+#[command(about = "Boots kernels with the tests and compares them")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Subcommand)]
+enum Subcommands {
+    /// Boot one kernel and run the tests in it
+    Boot(boot::Options),
+    /// Hold the patched kernel's results against the unpatched one's, print the table
+    Compare(compare::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Subcommands::Boot(options) => boot::boot(&options),
+        Subcommands::Compare(options) => compare::compare(&options),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Holds the patched kernel's results against the unpatched one's. Reads two results folders and the list of expected
+//! failures, writes one JSON file, prints one table; touches nothing else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::Args;
+use comfy_table::{presets, Cell, CellAlignment, Table};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::boot::Boot;
+use crate::ktap::Outcome;
+
+/// What to compare.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Results folder of the unpatched kernel
+    #[arg(long, value_name = "DIR")]
+    pub unpatched: PathBuf,
+    /// Results folder of the patched kernel
+    #[arg(long, value_name = "DIR")]
+    pub patched: PathBuf,
+    /// Tests that must fail on the unpatched kernel, one name a line
+    #[arg(long, value_name = "FILE")]
+    pub expected_failures: PathBuf,
+    /// Where the machine-readable result goes
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Judge only the tests that ran: for runs of some of the programs or cases
+    #[arg(long)]
+    pub partial: bool,
+}
+
+/// How one test came out on both kernels.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Judged {
+    /// Its name.
+    pub name: String,
+    /// On the unpatched kernel.
+    pub unpatched: Option<Outcome>,
+    /// On the patched kernel.
+    pub patched: Option<Outcome>,
+    /// It is there to fail on the unpatched kernel.
+    pub expected_failure: bool,
+    /// What is wrong; empty when nothing is.
+    pub errors: Vec<String>,
+}
+
+/// `results.json`.
+#[derive(Serialize)]
+struct Output<'a> {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+    tests: &'a [Judged],
+    /// By case: what the programs measured.
+    figures: BTreeMap<String, Pair>,
+    unpatched: &'a Boot,
+    patched: &'a Boot,
+}
+
+/// What a program wrote of one case, on both kernels.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Pair {
+    unpatched: Value,
+    patched: Value,
+}
+
+/// Compares, prints, writes; whether all came out as it should.
+pub fn compare(options: &Options) -> Result<bool> {
+    let expected = fs::read_to_string(&options.expected_failures)
+        .with_context(|| options.expected_failures.display().to_string())?;
+    let expected = names(&expected)?;
+    let (unpatched, patched) = (load(&options.unpatched)?, load(&options.patched)?);
+    let tests = judge(
+        &expected,
+        &outcomes(&unpatched),
+        &outcomes(&patched),
+        options.partial,
+    );
+    let figures = figures(&options.unpatched, &options.patched, &unpatched, &patched)?;
+    print_table(&figures);
+
+    let mut failed = 0;
+    let mut error = |text: String| {
+        failed += 1;
+        eprintln!("error: {text}");
+    };
+    for boot in [&unpatched, &patched] {
+        for program in &boot.programs {
+            for problem in &program.report.problems {
+                error(format!("{}, {}: {problem}", boot.name, program.name));
+            }
+        }
+    }
+    for test in tests.iter().filter(|test| !test.errors.is_empty()) {
+        error(format!("{}: {}", test.name, test.errors.join("; ")));
+    }
+    let both_skipped =
+        |test: &&Judged| matches!(test.patched, Some(Outcome::Skip(_))) && test.errors.is_empty();
+    let skipped = tests.iter().filter(both_skipped).count();
+    for test in tests.iter().filter(both_skipped) {
+        if let Some(Outcome::Skip(reason)) = &test.patched {
+            println!("skipped: {}: {reason}", test.name);
+        }
+    }
+    let passed = tests.iter().filter(|test| test.errors.is_empty()).count() - skipped;
+    let output = Output {
+        passed,
+        failed,
+        skipped,
+        tests: &tests,
+        figures,
+        unpatched: &unpatched,
+        patched: &patched,
+    };
+    let temporary = options.output.with_extension("tmp");
+    fs::write(&temporary, serde_json::to_vec_pretty(&output)?)
+        .with_context(|| temporary.display().to_string())?;
+    fs::rename(&temporary, &options.output)
+        .with_context(|| options.output.display().to_string())?;
+    let before = tests
+        .iter()
+        .filter(|test| test.expected_failure && test.errors.is_empty())
+        .count();
+    println!("{passed} tests as they should be ({before} of them fail without the series), {failed} not, {skipped} skipped");
+    println!(
+        "traces: {}, {}; all figures: {}",
+        options.unpatched.display(),
+        options.patched.display(),
+        options.output.display()
+    );
+    Ok(failed == 0)
+}
+
+fn load(folder: &Path) -> Result<Boot> {
+    let file = folder.join("boot.json");
+    let text = fs::read(&file).with_context(|| {
+        format!(
+            "{}: there is no complete run of this kernel: make boot",
+            file.display()
+        )
+    })?;
+    let boot: Boot = serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+    if let Some(failure) = &boot.failure {
+        bail!("{}: {failure}", folder.display());
+    }
+    Ok(boot)
+}
+
+/// The names in a list with `#` comments.
+fn names(text: &str) -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for line in text.lines() {
+        let name = line.split('#').next().unwrap_or_default().trim();
+        ensure!(
+            !name.contains(char::is_whitespace),
+            "expected failures: not one name: {line}"
+        );
+        ensure!(
+            name.is_empty() || names.insert(name.to_string()),
+            "expected failures: {name} is there twice"
+        );
+    }
+    Ok(names)
+}
+
+fn outcomes(boot: &Boot) -> BTreeMap<String, Outcome> {
+    let tests = boot
+        .programs
+        .iter()
+        .flat_map(|program| &program.report.tests);
+    tests
+        .map(|test| (test.name.clone(), test.outcome.clone()))
+        .collect()
+}
+
+/// Holds each test on both kernels against what it should be. With `partial`, expected failures that did not run are
+/// no errors.
+pub fn judge(
+    expected: &BTreeSet<String>,
+    unpatched: &BTreeMap<String, Outcome>,
+    patched: &BTreeMap<String, Outcome>,
+    partial: bool,
+) -> Vec<Judged> {
+    let mut all: BTreeSet<&String> = unpatched.keys().chain(patched.keys()).collect();
+    if !partial {
+        all.extend(expected);
+    }
+    let mut judged = Vec::new();
+    for name in all {
+        let (before, after) = (unpatched.get(name), patched.get(name));
+        let expected_failure = expected.contains(name);
+        let mut errors = Vec::new();
+        match before {
+            None => errors.push("did not run on the unpatched kernel".to_string()),
+            Some(Outcome::Ok) if expected_failure => {
+                errors.push(
+                    "passes on the unpatched kernel, where it is expected to fail".to_string(),
+                );
+            }
+            Some(Outcome::NotOk(why)) if !expected_failure => {
+                errors.push(format!("fails on the unpatched kernel: {why}"));
+            }
+            Some(_) => {}
+        }
+        match after {
+            None => errors.push("did not run on the patched kernel".to_string()),
+            Some(Outcome::NotOk(why)) => errors.push(format!("fails on the patched kernel: {why}")),
+            Some(_) => {}
+        }
+        // A test that is skipped on one kernel only shows nothing on the other.
+        match (before, after) {
+            (Some(Outcome::Skip(_)), Some(Outcome::Skip(_))) => {}
+            (Some(Outcome::Skip(why)), Some(_)) => {
+                errors.push(format!("is skipped on the unpatched kernel only: {why}"))
+            }
+            (Some(_), Some(Outcome::Skip(why))) => {
+                errors.push(format!("is skipped on the patched kernel only: {why}"))
+            }
+            _ => {}
+        }
+        judged.push(Judged {
+            name: name.clone(),
+            unpatched: before.cloned(),
+            patched: after.cloned(),
+            expected_failure,
+            errors,
+        });
+    }
+    judged
+}
+
+/// `cases` of each program's JSON, by name.
+fn figures(
+    unpatched: &Path,
+    patched: &Path,
+    before: &Boot,
+    after: &Boot,
+) -> Result<BTreeMap<String, Pair>> {
+    let mut figures: BTreeMap<String, Pair> = BTreeMap::new();
+    for (folder, boot, patched) in [(unpatched, before, false), (patched, after, true)] {
+        for program in &boot.programs {
+            let file = folder.join(format!("{}.json", program.name));
+            let Ok(text) = fs::read(&file) else { continue };
+            let json: Value =
+                serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+            for case in json["cases"].as_array().into_iter().flatten() {
+                let Some(name) = case["name"].as_str() else {
+                    continue;
+                };
+                let pair = figures.entry(name.to_string()).or_default();
+                *(if patched {
+                    &mut pair.patched
+                } else {
+                    &mut pair.unpatched
+                }) = case.clone();
+            }
+        }
+    }
+    Ok(figures)
+}
+
+/// The columns of the table: title, and the figure in the programs' JSON.
+const COLUMNS: &[(&str, &str)] = &[
+    ("pages\nhinted", "hinted"),
+    ("pages\nmigrated", "migrated"),
+    ("pages KVM\ndropped", "dropped"),
+    ("faults to put\nthem back", "faults"),
+    ("flush requests\nper scan", "flush_requests"),
+];
+
+fn print_table(figures: &BTreeMap<String, Pair>) {
+    if figures.is_empty() {
+        return;
+    }
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    let titles = COLUMNS.iter().map(|(title, _)| title.to_string());
+    table.set_header(std::iter::once("guest memory".to_string()).chain(titles));
+    let widths: Vec<usize> = COLUMNS
+        .iter()
+        .map(|(_, figure)| {
+            let widths = figures
+                .values()
+                .map(|pair| number(&pair.patched, figure).len());
+            widths.max().unwrap_or_default()
+        })
+        .collect();
+    for (name, pair) in figures {
+        let cells = COLUMNS.iter().zip(&widths).map(|((_, figure), width)| {
+            let (before, after) = (
+                number(&pair.unpatched, figure),
+                number(&pair.patched, figure),
+            );
+            Cell::new(format!("{before} -> {after:>width$}")).set_alignment(CellAlignment::Right)
+        });
+        table.add_row(std::iter::once(Cell::new(name)).chain(cells));
+    }
+    println!("\nWhat NUMA scans did to the VM: unpatched kernel -> patched kernel\n\n{table}\n");
+}
+
+/// A figure in words; flush requests by scan, everything else as a sum.
+fn number(case: &Value, figure: &str) -> String {
+    let Some(value) = case[figure].as_u64() else {
+        return "-".to_string();
+    };
+    if figure == "flush_requests" {
+        return match case["scans"].as_u64() {
+            Some(scans @ 1..) => format!("{:.1}", value as f64 / scans as f64),
+            _ => "-".to_string(),
+        };
+    }
+    let digits = value.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(outcome: Option<Outcome>) -> BTreeMap<String, Outcome> {
+        outcome
+            .into_iter()
+            .map(|outcome| ("t".to_string(), outcome))
+            .collect()
+    }
+
+    fn errors(expected: bool, before: Option<Outcome>, after: Option<Outcome>) -> String {
+        let expected = names(if expected { "t # why" } else { "# none" }).unwrap();
+        let judged = judge(&expected, &one(before), &one(after), false);
+        judged
+            .iter()
+            .flat_map(|test| test.errors.clone())
+            .collect::<Vec<_>>()
+            .join("; ")
+    }
+
+    #[test]
+    fn as_it_should_be() {
+        let fails = || Some(Outcome::NotOk("1 != 0".into()));
+        let skips = || Some(Outcome::Skip("CONFIG_X".into()));
+        assert_eq!(errors(false, Some(Outcome::Ok), Some(Outcome::Ok)), "");
+        assert_eq!(errors(true, fails(), Some(Outcome::Ok)), "");
+        assert_eq!(errors(false, skips(), skips()), "");
+        assert_eq!(errors(true, skips(), skips()), "");
+    }
+
+    #[test]
+    fn as_it_should_not_be() {
+        let ok = || Some(Outcome::Ok);
+        let fails = || Some(Outcome::NotOk("1 != 0".into()));
+        let skips = || Some(Outcome::Skip("CONFIG_X".into()));
+        for (expected, before, after, error) in [
+            (true, ok(), ok(), "expected to fail"),
+            (
+                false,
+                fails(),
+                ok(),
+                "fails on the unpatched kernel: 1 != 0",
+            ),
+            (false, ok(), fails(), "fails on the patched kernel: 1 != 0"),
+            (true, fails(), fails(), "fails on the patched kernel"),
+            (false, None, ok(), "did not run on the unpatched kernel"),
+            (false, ok(), None, "did not run on the patched kernel"),
+            (
+                true,
+                None,
+                None,
+                "did not run on the unpatched kernel; did not run on the patched",
+            ),
+            (true, skips(), ok(), "skipped on the unpatched kernel only"),
+            (false, ok(), skips(), "skipped on the patched kernel only"),
+        ] {
+            let errors = errors(expected, before.clone(), after.clone());
+            assert!(
+                errors.contains(error),
+                "{expected} {before:?} {after:?}: {errors}"
+            );
+        }
+    }
+
+    #[test]
+    fn lists() {
+        assert_eq!(
+            names("a\n# b\n\n c # d\n")
+                .unwrap()
+                .into_iter()
+                .collect::<Vec<_>>(),
+            ["a", "c"]
+        );
+        assert!(names("a b\n").is_err());
+        assert!(names("a\na\n").is_err());
+    }
+
+    #[test]
+    fn numbers() {
+        let case =
+            serde_json::json!({"a": 1234567, "b": 12, "flush_requests": 9, "scans": 6, "c": 0});
+        assert_eq!(number(&case, "a"), "1,234,567");
+        assert_eq!(number(&case, "b"), "12");
+        assert_eq!(number(&case, "c"), "0");
+        assert_eq!(number(&case, "d"), "-");
+        assert_eq!(number(&case, "flush_requests"), "1.5");
+    }
+}

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Boots a kernel with the test programs, judges what it printed, and compares two kernels. Starts QEMU, writes
+//! where it is told to, and touches nothing else.
+
+#![deny(missing_docs)]
+
+pub mod boot;
+pub mod compare;
+pub mod ktap;
+pub mod marker;
+pub mod splat;

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A client of the recorder's debugfs files; touches nothing else.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::record::{Record, SIZE};
+
+/// Where the recorder's files are.
+const ROOT: &str = "/sys/kernel/debug/mmu_notifier_trace";
+/// Records fetched by one read.
+const BATCH: usize = 1024;
+
+/// The recorder, attached to a process, and detached when dropped.
+pub struct Client {
+    pid: u32,
+    folder: PathBuf,
+    records: File,
+    next: u64,
+}
+
+/// The recorder's own counts, in records.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Callbacks seen.
+    pub recorded: u64,
+    /// Records that later ones took the place of.
+    pub overwritten: u64,
+    /// Records that were never stored.
+    pub lost: u64,
+    /// Room in the ring.
+    pub size: u64,
+}
+
+/// Whether the recorder is there.
+pub fn is_loaded() -> bool {
+    Path::new(ROOT).join("attach").exists()
+}
+
+impl Client {
+    /// Attaches the recorder to the calling process with room for `size` records, a power of two.
+    pub fn attach_self(size: u64) -> io::Result<Client> {
+        let pid = std::process::id();
+        let root = Path::new(ROOT);
+        named(&root.join("attach"), |path| {
+            fs::write(path, format!("{pid} {size}"))
+        })?;
+        let folder = root.join(pid.to_string());
+        let records = named(&folder.join("records"), |path| File::open(path));
+        match records {
+            Ok(records) => Ok(Client {
+                pid,
+                folder,
+                records,
+                next: 0,
+            }),
+            Err(error) => {
+                let _ = detach(pid);
+                Err(error)
+            }
+        }
+    }
+
+    /// Appends to `records` all that has been recorded since the last call.
+    pub fn read_new(&mut self, records: &mut Vec<Record>) -> io::Result<()> {
+        let mut bytes = vec![0; BATCH * SIZE];
+        loop {
+            let read = self.records.read_at(&mut bytes, self.next * SIZE as u64)?;
+            let whole = bytes[..read].chunks_exact(SIZE);
+            if !whole.remainder().is_empty() {
+                return Err(io::Error::other(format!(
+                    "{}: half a record at {}",
+                    self.folder.join("records").display(),
+                    self.next
+                )));
+            }
+            if whole.len() == 0 {
+                return Ok(());
+            }
+            self.next += whole.len() as u64;
+            records.extend(whole.map(|one| {
+                let one = one.try_into().expect("a chunk is as long as a record");
+                Record::from_bytes(one)
+            }));
+        }
+    }
+
+    /// The recorder's counts.
+    pub fn stats(&self) -> io::Result<Stats> {
+        let path = self.folder.join("stats");
+        let text = named(&path, |path| fs::read_to_string(path))?;
+        let field = |name: &str| {
+            text.lines()
+                .filter_map(|line| line.split_once(' '))
+                .find(|(key, _)| *key == name)
+                .and_then(|(_, value)| value.trim().parse().ok())
+                .ok_or_else(|| io::Error::other(format!("{}: no {name}", path.display())))
+        };
+        Ok(Stats {
+            recorded: field("recorded")?,
+            overwritten: field("overwritten")?,
+            lost: field("lost")?,
+            size: field("size")?,
+        })
+    }
+
+    /// Copies the readable trace to the file `to`.
+    pub fn copy_trace(&self, to: &Path) -> io::Result<()> {
+        let mut trace = named(&self.folder.join("trace"), |path| File::open(path))?;
+        let mut out = io::BufWriter::with_capacity(1 << 18, named(to, |path| File::create(path))?);
+        io::copy(&mut trace, &mut out)?;
+        io::Write::flush(&mut out)
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = detach(self.pid);
+    }
+}
+
+fn detach(pid: u32) -> io::Result<()> {
+    fs::write(Path::new(ROOT).join("detach"), pid.to_string())
+}
+
+/// Does something to the file at `path`, and names it if that fails.
+fn named<T>(path: &Path, action: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    action(path)
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What the recorder `mmu_notifier_trace` writes, read and judged in user space; [`client`] alone touches files.
+//!
+//! - [`record`]: the layout, the same source that the kernel module is built from.
+//! - [`client`]: attaches the recorder to a process and reads what it recorded.
+//! - [`sequence`]: groups records into start/end pairs and reports.
+//! - [`check`]: the rules that a recorded sequence must obey.
+
+#![deny(missing_docs)]
+
+pub mod check;
+pub mod client;
+#[path = "../../../rust/record.rs"]
+pub mod record;
+pub mod sequence;
+
+/// The ring is the kernel module's; it is here for its tests.
+#[cfg(test)]
+#[path = "../../../rust/ring.rs"]
+mod ring;

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Groups recorded callbacks: starts with their ends, stretches into reports, reports into pairs. Pure.
+
+use std::collections::HashMap;
+
+use crate::record::{flag, kind, Record};
+
+/// A start, and its end if one came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The start.
+    pub start: Record,
+    /// The end: the next one of the same task and range that no later start takes.
+    pub end: Option<Record>,
+}
+
+impl Pair {
+    /// Whether the pair is of a NUMA scan.
+    pub fn is_numa(&self) -> bool {
+        self.start.flags & flag::NUMA != 0
+    }
+}
+
+/// One call of `numa_protect()`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Its stretches, in the order in which they were reported; at least one.
+    pub stretches: Vec<Record>,
+    /// Whether the first stretch says that it is the first, the last that it is the last, and none between either.
+    pub whole: bool,
+    /// Index of the innermost pair of the same task that was open when the report began.
+    pub pair: Option<usize>,
+}
+
+impl Report {
+    /// The pages that the report says were hinted.
+    pub fn pages(&self) -> u64 {
+        u64::from(self.stretches[0].pages)
+    }
+}
+
+/// Records in the order of their sequence numbers, grouped.
+#[derive(Clone, Debug, Default)]
+pub struct Sequence {
+    /// All of them.
+    pub records: Vec<Record>,
+    /// In the order of their starts.
+    pub pairs: Vec<Pair>,
+    /// Ends that no start belongs to.
+    pub lone_ends: Vec<Record>,
+    /// In the order of their first stretches.
+    pub reports: Vec<Report>,
+}
+
+impl Sequence {
+    /// Groups `records`.
+    pub fn new(records: Vec<Record>) -> Sequence {
+        let mut sequence = Sequence::default();
+        // Of each task: its open pairs, and whether the report begun last has not seen its last stretch yet.
+        let mut open: HashMap<u32, Vec<usize>> = HashMap::new();
+        let mut unfinished: HashMap<u32, usize> = HashMap::new();
+        for record in &records {
+            let open = open.entry(record.tid).or_default();
+            match record.kind {
+                kind::INVALIDATE_RANGE_START => {
+                    open.push(sequence.pairs.len());
+                    sequence.pairs.push(Pair {
+                        start: *record,
+                        end: None,
+                    });
+                }
+                kind::INVALIDATE_RANGE_END => {
+                    let place = open.iter().rposition(|pair| {
+                        let start = &sequence.pairs[*pair].start;
+                        (start.start, start.end) == (record.start, record.end)
+                    });
+                    match place {
+                        Some(place) => sequence.pairs[open.remove(place)].end = Some(*record),
+                        None => sequence.lone_ends.push(*record),
+                    }
+                }
+                kind::NUMA_PROTECT => {
+                    let first = record.flags & flag::FIRST != 0;
+                    let last = record.flags & flag::LAST != 0;
+                    let report = match unfinished.remove(&record.tid) {
+                        Some(report) if !first => {
+                            sequence.reports[report].stretches.push(*record);
+                            report
+                        }
+                        _ => {
+                            sequence.reports.push(Report {
+                                stretches: vec![*record],
+                                whole: false,
+                                pair: open.last().copied(),
+                            });
+                            sequence.reports.len() - 1
+                        }
+                    };
+                    if last {
+                        let report = &mut sequence.reports[report];
+                        report.whole = report.stretches[0].flags & flag::FIRST != 0;
+                    } else {
+                        unfinished.insert(record.tid, report);
+                    }
+                }
+                _ => {}
+            }
+        }
+        sequence.records = records;
+        sequence
+    }
+
+    /// The pairs of NUMA scans.
+    pub fn numa_pairs(&self) -> impl Iterator<Item = &Pair> {
+        self.pairs.iter().filter(|pair| pair.is_numa())
+    }
+
+    /// The stretches of all reports.
+    pub fn stretches(&self) -> impl Iterator<Item = &Record> {
+        self.reports.iter().flat_map(|report| &report.stretches)
+    }
+}
