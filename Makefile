@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0
+# The front door: `make run` does the main job, `make help` lists the rest. Each target calls one script; what is built
+# goes to build/, what is fetched to the cache folder ($XDG_CACHE_HOME, ~/.cache).
+#
+# Variables: KSRC=/path a kernel source tree of your own (only read), KDIR=/path a kernel build of your own for
+# `modules`, LLVM= for gcc, V=1 the whole output, ACCEL=tcg|kvm|auto, TESTS="PROGRAM[,ARG...]", JOBS=N.
+
+MAKEFLAGS += --no-print-directory
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+LLVM ?= 1
+export ARCH LLVM V KSRC KDIR ACCEL JOBS TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
+# What was given to this make is meant for the scripts, and not for every make below them.
+unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
+
+BUILD := build/v7.3
+export XDG_CACHE_HOME ?= $(HOME)/.cache
+
+help: ## What can be made
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+run: boot ## The main job: both kernels, the guest workload on each, one table, build/results.json
+	@scripts/compare
+
+test: ## Every test: the Rust workspace, checkpatch, bad input, both kernels
+	@scripts/test
+
+kernels: ## The unpatched and the patched kernel
+	@scripts/kernel-tree unpatched
+	@scripts/patches apply
+	@scripts/kernel-build unpatched
+	@scripts/kernel-build patched
+
+ifdef KDIR
+modules: ## The recorder, for both kernels, or for the one in KDIR=
+	@scripts/kernel-tree unpatched
+	@scripts/module own
+else
+modules: kernels
+	@scripts/module unpatched
+	@scripts/module patched
+endif
+
+selftests: ## The test programs and the runner
+	@scripts/kernel-tree unpatched
+	@scripts/cargo build --locked --release --quiet
+
+boot: modules selftests ## Boot both kernels with all tests, or with TESTS="PROGRAM[,ARG...] ..."
+	@scripts/boot unpatched $(TESTS)
+	@scripts/boot patched $(TESTS)
+
+patches-apply: ## patches/ -> the branch numa-protect in build/v7.3/patched/linux
+	@scripts/patches apply
+
+patches-export: ## that branch -> patches/
+	@scripts/patches export
+
+checkpatch: ## checkpatch.pl --strict on every patch
+	@scripts/checkpatch
+
+clean: ## Remove what was built; kernel trees with changes of your own are kept
+	@scripts/clean
+
+distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
+	@scripts/clean cache
+
+.PHONY: help run test kernels modules selftests boot patches-apply patches-export checkpatch clean distclean
