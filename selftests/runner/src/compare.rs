@@ -235,6 +235,28 @@ pub fn judge(
     judged
 }
 
+/// KVM's flush requests for the same scans are no more with the series than without it. Held against each other are
+/// the steps that took the fewest: each time that a zap yields mmu_lock, which depends on the machine's load, adds one.
+fn judge_flushes(name: &str, pair: &Pair) -> Option<Judged> {
+    let least = |case: &Value| -> Option<u64> {
+        let steps = case["each_step"].as_array()?.iter();
+        steps.map(|step| step["flush_requests_scan"].as_u64()).collect::<Option<Vec<_>>>()?.into_iter().min()
+    };
+    let (before, after) = (least(&pair.unpatched)?, least(&pair.patched)?);
+    let errors = if after > before {
+        vec![format!("{after} flush requests for the scans of a step, {before} on the unpatched kernel")]
+    } else {
+        Vec::new()
+    };
+    Some(Judged {
+        name: format!("{name}.kvm.flushes_no_more"),
+        unpatched: None,
+        patched: None,
+        expected_failure: false,
+        errors,
+    })
+}
+
 /// `cases` of each program's JSON, by name.
 fn figures(
     unpatched: &Path,
@@ -389,6 +411,22 @@ mod tests {
                 "{expected} {before:?} {after:?}: {errors}"
             );
         }
+    }
+
+    #[test]
+    fn flushes() {
+        let case = |counts: &[u64]| {
+            let steps = counts.iter().map(|count| serde_json::json!({"flush_requests_scan": count}));
+            serde_json::json!({"each_step": steps.collect::<Vec<_>>()})
+        };
+        let errors = |unpatched, patched| {
+            let pair = Pair { unpatched: case(unpatched), patched: case(patched) };
+            judge_flushes("case", &pair).map(|judged| judged.errors.len())
+        };
+        assert_eq!(errors(&[1, 2, 1], &[3, 1, 2]), Some(0));
+        assert_eq!(errors(&[1, 1], &[0, 0]), Some(0));
+        assert_eq!(errors(&[1, 9], &[2, 2]), Some(1));
+        assert_eq!(errors(&[], &[1]), None);
     }
 
     #[test]
