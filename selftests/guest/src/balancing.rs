@@ -89,7 +89,7 @@ pub fn allow_scans(addresses: Range<u64>) -> Result<()> {
     Ok(())
 }
 
-/// The scan settings of the machine, fast, and balancing off until [`Settings::enable`]; dropped, it puts back
+/// The scan settings of the machine, fast, and balancing off until [`enable`]; dropped, it puts back
 /// what was there.
 pub struct Settings {
     saved: Vec<(PathBuf, String)>,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! One case, measured: a VM of one kind of memory under NUMA scans; uses this process, `/dev/kvm` and the recorder.
 //!
-//! Guest memory lies on node 1, both vCPUs run on node 0, all else of the process on node 1. First comes the *stepped* part, in which nothing happens at the
-//! same time, so that every count is exact. After a warm-up pass that maps everything, each step is
+//! Guest memory lies on node 1, both vCPUs run on node 0, all else of the process on node 1. First comes the *stepped*
+//! part, in which nothing happens at the same time, so that every count is exact. After a warm-up pass that maps
+//! everything, each step is
 //!
 //! 1. a scan: the guest is stopped, its threads use CPU time in user mode until two whole scans have ended: the first
 //!    may have begun before the guest stopped;
@@ -32,7 +33,7 @@ use trace::record::Record;
 use trace::sequence::Sequence;
 
 /// The node of the vCPUs.
-const CPU_NODE: usize = 0;
+pub const CPU_NODE: usize = 0;
 /// The node on which guest memory starts.
 const MEMORY_NODE: usize = 1;
 const VCPUS: usize = 2;

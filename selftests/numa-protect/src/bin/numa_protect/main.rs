@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What a NUMA scan does to a VM, for every kind of guest memory; changes the machine's scan settings while it runs.
 //!
-//! Prints KTAP; see `case.rs` for what is measured and `check.rs` for what is asserted. Each case runs in a process of its
-//! own, in a memory cgroup of its own. Leaves in the folder `--results`: `numa_protect.json`, see [`Output`], and of
-//! each case, where the recorder is loaded, `CASE.records` (all its records) and `CASE.trace` (its readable trace of the
-//! stepped part).
+//! Prints KTAP; see `case.rs` for what is measured and `check.rs` for what is asserted. Each case runs in a process
+//! of its own, in a memory cgroup of its own. Leaves in the folder `--results`: `numa_protect.json`, see [`Output`],
+//! and of each case, where the recorder is loaded, `CASE.records` (all its records) and `CASE.trace` (its readable
+//! trace of the stepped part).
 
 mod case;
 mod check;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use clap::Parser;
-use guest::balancing::Settings;
+use guest::balancing::{self, Settings};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Memcg;
 use guest::memory::{Backing, Pinned};
@@ -132,7 +132,11 @@ fn run(args: &Args) -> Result<ExitCode> {
     let mut ktap = Ktap::start(cases.iter().map(|case| check::tests(*case).len()).sum());
     let recorder = trace::client::is_loaded();
     let settings = match missing() {
-        None => Some(Settings::fast()?),
+        None => {
+            // Where the whole machine has to be counted, this process at least adds nothing.
+            balancing::forbid_scans(case::CPU_NODE)?;
+            Some(Settings::fast()?)
+        }
         Some(_) => None,
     };
     let mut figures = Vec::new();
