@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
 
 LLVM ?= 1
-export ARCH LLVM V KSRC KDIR ACCEL JOBS TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
+export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
