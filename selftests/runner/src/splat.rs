@@ -48,7 +48,6 @@ const STARTS: &[&str] = &[
     "refcount_t:",
     "list_add corruption",
     "list_del corruption",
-    "kmemleak:",
     "DEBUG_LOCKS_WARN_ON",
     "turning off the locking correctness validator",
     "Bad page",
@@ -63,6 +62,7 @@ const PARTS: &[&str] = &[
     "blocked for more than",
     "invoked oom-killer",
     "detected stall",
+    "new suspected memory leaks",
     "segfault at",
     "traps:",
 ];
@@ -135,6 +135,8 @@ mod tests {
     fn a_quiet_log() {
         assert_eq!(first(BOOT), None);
         assert_eq!(first(""), None);
+        let detector = "[   11.921662] kmemleak: Kernel memory leak detector initialized";
+        assert_eq!(first(detector), None);
     }
 
     #[test]
