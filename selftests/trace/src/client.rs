@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::record::{Record, SIZE};
 
 /// Where the recorder's files are.
-const ROOT: &str = "/sys/kernel/debug/mmu_notifier_trace";
+pub const ROOT: &str = "/sys/kernel/debug/mmu_notifier_trace";
 /// Records fetched by one read.
 const BATCH: usize = 1024;
 

@@ -15,11 +15,10 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
 use guest::ktap::{diagnostic, Ktap, Outcome};
-use trace::client::{is_loaded, Client};
+use trace::client::{is_loaded, Client, ROOT};
 use trace::record::{event, flag, kind, Record};
 
 const MODULE: &str = "mmu_notifier_trace";
-const ROOT: &str = "/sys/kernel/debug/mmu_notifier_trace";
 /// How often the module is loaded, used and unloaded.
 const CYCLES: usize = 100;
 /// Cycles after which the memory that the kernel uses must not grow any more.
