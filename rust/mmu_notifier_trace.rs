@@ -8,8 +8,10 @@
 //!
 //! - `attach`: write `PID` or `PID RECORDS` to record that process. `RECORDS` is the size of its
 //!   ring, a power of two, at most 4194304; 65536 unless given. The pid is looked up in the
-//!   writer's pid namespace; the directory gets the number that was written.
-//! - `detach`: write `PID` to stop and to throw the trace away.
+//!   writer's pid namespace; the directory gets the number that was written. With `plain` as the
+//!   last word, the subscriber has no `numa_protect`, as those that were written before it existed;
+//!   its directory is `PID.plain`. A process can have both, to hold one against the other.
+//! - `detach`: write `PID`, or `PID plain`, to stop and to throw the trace away.
 //! - `PID/trace`: the records as text, one a line. Its file positions are marks to read on from,
 //!   not byte counts.
 //! - `PID/records`: the records as [`record::Record`] lays them out; record `seq` is at offset
@@ -204,6 +206,75 @@ impl MmuNotifier for Recorder {
             position = 0;
         }
     }
+}
+
+/// The same without `numa_protect`.
+struct Plain(Recorder);
+
+#[vtable]
+impl MmuNotifier for Plain {
+    fn release(&self, mm: &Mm) {
+        self.0.release(mm);
+    }
+
+    fn clear_flush_young(&self, mm: &Mm, start: usize, end: usize) -> bool {
+        self.0.clear_flush_young(mm, start, end)
+    }
+
+    fn clear_young(&self, mm: &Mm, start: usize, end: usize) -> bool {
+        self.0.clear_young(mm, start, end)
+    }
+
+    fn test_young(&self, mm: &Mm, address: usize) -> bool {
+        self.0.test_young(mm, address)
+    }
+
+    fn invalidate_range_start(&self, range: &Range) {
+        self.0.invalidate_range_start(range);
+    }
+
+    fn invalidate_range_end(&self, range: &Range) {
+        self.0.invalidate_range_end(range);
+    }
+}
+
+/// What is subscribed: which of the two subscribers.
+enum Subscription {
+    Full(Pin<KBox<Registration<Recorder>>>),
+    Plain(Pin<KBox<Registration<Plain>>>),
+}
+
+impl Subscription {
+    fn new(name: Name, mm: &MmWithUser, ring: Arc<Ring>) -> Result<Self> {
+        let recorder = Recorder(ring);
+
+        Ok(if name.plain {
+            Self::Plain(KBox::pin_init(
+                Registration::new(mm, Ok(Plain(recorder))),
+                GFP_KERNEL,
+            )?)
+        } else {
+            Self::Full(KBox::pin_init(
+                Registration::new(mm, Ok(recorder)),
+                GFP_KERNEL,
+            )?)
+        })
+    }
+
+    /// The address space, which may have lost its last user since.
+    fn mm(&self) -> &Mm {
+        match self {
+            Self::Full(registration) => registration.mm(),
+            Self::Plain(registration) => registration.mm(),
+        }
+    }
+}
+
+/// Tells one target from another: what is written to `attach` and `detach`, and the directory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Name {
+    pid: Pid,
+    plain: bool,
 }
 
 /// The `records` file.
@@ -413,30 +484,29 @@ struct Target {
     records: File<Records>,
     #[pin]
     stats: File<Stats>,
-    pid: Pid,
-    #[pin]
-    subscription: Registration<Recorder>,
+    name: Name,
+    subscription: Subscription,
 }
 
 impl Target {
-    fn new<'a>(
-        pid: Pid,
-        mm: &'a MmWithUser,
+    fn new(
+        name: Name,
+        subscription: Subscription,
         ring: Arc<Ring>,
         dir: Dir,
-    ) -> impl PinInit<Self, Error> + 'a {
+    ) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            subscription <- Registration::new(mm, Ok(Recorder(ring.clone()))),
             trace <- dir.read_binary_file(
                 c"trace",
                 Trace {
-                    pid,
+                    pid: name.pid,
                     ring: ring.clone(),
                 },
             ),
             records <- dir.read_binary_file(c"records", Records(ring.clone())),
             stats <- dir.read_binary_file(c"stats", Stats(ring)),
-            pid,
+            name,
+            subscription,
         })
     }
 }
@@ -450,15 +520,17 @@ struct Targets {
 }
 
 impl Targets {
-    /// Starts to record the process `pid` into a ring of `size` records.
-    fn attach(&self, pid: Pid, size: u64) -> Result {
+    /// Starts to record the process `name.pid` into a ring of `size` records.
+    fn attach(&self, name: Name, size: u64) -> Result {
         // Before the list is locked, so that it is put after the unlocking: the last user of an
         // address space tears it down.
-        let mm = support::mm_of_vpid(pid)?;
+        let mm = support::mm_of_vpid(name.pid)?;
         let mut list = self.list.lock();
 
         let attached = |target: &Pin<KBox<Target>>| {
-            target.pid == pid || target.subscription.mm().as_raw() == mm.as_raw()
+            target.name.plain == name.plain
+                && (target.name.pid == name.pid
+                    || target.subscription.mm().as_raw() == mm.as_raw())
         };
         if list.iter().any(attached) {
             return Err(EEXIST);
@@ -466,16 +538,19 @@ impl Targets {
 
         list.reserve(1, GFP_KERNEL)?;
         let ring = new_ring(size)?;
-        let dir = self.dir.subdir(&CString::try_from_fmt(fmt!("{pid}"))?)?;
-        let target = KBox::pin_init(Target::new(pid, &mm, ring, dir), GFP_KERNEL)?;
+        let suffix = if name.plain { ".plain" } else { "" };
+        let dir = CString::try_from_fmt(fmt!("{}{suffix}", name.pid))?;
+        let dir = self.dir.subdir(&dir)?;
+        let subscription = Subscription::new(name, &mm, ring.clone())?;
+        let target = KBox::pin_init(Target::new(name, subscription, ring, dir), GFP_KERNEL)?;
         list.push(target, GFP_KERNEL)?;
         Ok(())
     }
 
-    /// Stops recording `pid`, and throws its trace away.
-    fn detach(&self, pid: Pid) -> Result {
+    /// Stops recording `name`, and throws its trace away.
+    fn detach(&self, name: Name) -> Result {
         let mut list = self.list.lock();
-        let index = list.iter().position(|target| target.pid == pid);
+        let index = list.iter().position(|target| target.name == name);
 
         // Dropped under the lock: until the directory is gone its name is not free.
         drop(list.remove(index.ok_or(ENOENT)?).map_err(|_| ENOENT)?);
@@ -483,31 +558,31 @@ impl Targets {
     }
 }
 
-/// What is written to `attach` or `detach`: one number or two.
-fn read_numbers(reader: &mut UserSliceReader) -> Result<(u64, Option<u64>)> {
+/// What is written to `attach` or `detach`: a pid, maybe a number, maybe `plain`.
+fn read_request(reader: &mut UserSliceReader) -> Result<(Name, Option<u64>)> {
     let mut text = [0; 64];
     let len = reader.len();
     let text = text.get_mut(..len).ok_or(EINVAL)?;
     reader.read_slice(text)?;
 
     let text = core::str::from_utf8(text).map_err(|_| EINVAL)?;
-    let mut numbers = text.split_ascii_whitespace().map(|number| {
-        number.parse::<u64>().map_err(|error| match error.kind() {
+    let mut words = text.split_ascii_whitespace().peekable();
+    let number = |word: &str| {
+        word.parse::<u64>().map_err(|error| match error.kind() {
             core::num::IntErrorKind::PosOverflow => ERANGE,
             _ => EINVAL,
         })
-    });
+    };
 
-    let first = numbers.next().ok_or(EINVAL)??;
-    let second = numbers.next().transpose()?;
-    match numbers.next() {
-        None => Ok((first, second)),
+    let pid = number(words.next().ok_or(EINVAL)?)?;
+    let pid = Pid::try_from(pid).map_err(|_| ERANGE)?;
+    let records = words.next_if(|word| *word != "plain");
+    let records = records.map(number).transpose()?;
+    let plain = words.next_if_eq(&"plain").is_some();
+    match words.next() {
+        None => Ok((Name { pid, plain }, records)),
         Some(_) => Err(EINVAL),
     }
-}
-
-fn as_pid(number: u64) -> Result<Pid> {
-    Pid::try_from(number).map_err(|_| ERANGE)
 }
 
 /// The `attach` file.
@@ -520,14 +595,13 @@ impl BinaryReader for Attach {
         _offset: &mut file::Offset,
     ) -> Result<usize> {
         let len = reader.len();
-        let (pid, records) = read_numbers(reader)?;
-        let pid = as_pid(pid)?;
+        let (name, records) = read_request(reader)?;
         let records = records.unwrap_or(DEFAULT_RECORDS);
 
         if !records.is_power_of_two() || records > MAX_RECORDS {
             return Err(EINVAL);
         }
-        self.0.attach(pid, records)?;
+        self.0.attach(name, records)?;
         Ok(len)
     }
 }
@@ -542,11 +616,11 @@ impl BinaryReader for Detach {
         _offset: &mut file::Offset,
     ) -> Result<usize> {
         let len = reader.len();
-        let (pid, None) = read_numbers(reader)? else {
+        let (name, None) = read_request(reader)? else {
             return Err(EINVAL);
         };
 
-        self.0.detach(as_pid(pid)?)?;
+        self.0.detach(name)?;
         Ok(len)
     }
 }

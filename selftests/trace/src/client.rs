@@ -15,7 +15,8 @@ const BATCH: usize = 1024;
 
 /// The recorder, attached to a process, and detached when dropped.
 pub struct Client {
-    pid: u32,
+    /// What `detach` is told.
+    name: String,
     folder: PathBuf,
     records: File,
     next: u64,
@@ -43,21 +44,34 @@ impl Client {
     /// Attaches the recorder to the calling process with room for `size` records, a power of two.
     pub fn attach_self(size: u64) -> io::Result<Client> {
         let pid = std::process::id();
+        Client::attach(&format!("{pid} {size}"), pid.to_string(), &pid.to_string())
+    }
+
+    /// The same, with a subscriber that has no `numa_protect`. The other one may be attached, too.
+    pub fn attach_self_plain(size: u64) -> io::Result<Client> {
+        let pid = std::process::id();
+        let name = format!("{pid} plain");
+        Client::attach(
+            &format!("{pid} {size} plain"),
+            name,
+            &format!("{pid}.plain"),
+        )
+    }
+
+    fn attach(request: &str, name: String, folder: &str) -> io::Result<Client> {
         let root = Path::new(ROOT);
-        named(&root.join("attach"), |path| {
-            fs::write(path, format!("{pid} {size}"))
-        })?;
-        let folder = root.join(pid.to_string());
+        named(&root.join("attach"), |path| fs::write(path, request))?;
+        let folder = root.join(folder);
         let records = named(&folder.join("records"), |path| File::open(path));
         match records {
             Ok(records) => Ok(Client {
-                pid,
+                name,
                 folder,
                 records,
                 next: 0,
             }),
             Err(error) => {
-                let _ = detach(pid);
+                let _ = detach(&name);
                 Err(error)
             }
         }
@@ -117,12 +131,12 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        let _ = detach(self.pid);
+        let _ = detach(&self.name);
     }
 }
 
-fn detach(pid: u32) -> io::Result<()> {
-    fs::write(Path::new(ROOT).join("detach"), pid.to_string())
+fn detach(name: &str) -> io::Result<()> {
+    fs::write(Path::new(ROOT).join("detach"), name)
 }
 
 /// Does something to the file at `path`, and names it if that fails.

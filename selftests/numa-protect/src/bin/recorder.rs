@@ -48,10 +48,9 @@ const TESTS: &[(&str, Test)] = &[
     }),
     ("attach.bad_size", |_| bad_size()),
     ("attach.twice", |_| twice()),
+    ("attach.plain", |_| plain()),
     ("detach.bad_input", |_| bad_input("detach")),
-    ("detach.not_attached", |_| {
-        refused("detach", &std::process::id().to_string(), libc::ENOENT)
-    }),
+    ("detach.not_attached", |_| not_attached()),
     ("records.known_sequence", |_| known_sequence()),
     ("records.overwritten", |_| overwritten()),
     ("records.after_exit", |_| after_exit()),
@@ -133,6 +132,12 @@ fn bad_input(file: &str) -> Result<()> {
         "\n",
         "pid",
         "1 2 3",
+        "1 2 plain 3",
+        "1 plain 2",
+        "1 plain plain",
+        "plain",
+        "1 plan",
+        "1 2 Plain",
         "-1",
         "12x",
         "0x10",
@@ -189,6 +194,42 @@ fn twice() -> Result<()> {
         "the second attach changed the ring of the first"
     );
     Ok(())
+}
+
+/// A subscriber without `numa_protect` goes beside the one with it: each is attached once, and detached by itself.
+fn plain() -> Result<()> {
+    let pid = std::process::id().to_string();
+    let plain = Client::attach_self_plain(1024)?;
+    refused("attach", &format!("{pid} plain"), libc::EEXIST)?;
+    refused("detach", &pid, libc::ENOENT)?;
+    let full = Client::attach_self(2048)?;
+    for request in ["plain", "512 plain", "512"] {
+        refused("attach", &format!("{pid} {request}"), libc::EEXIST)?;
+    }
+    refused("detach", &format!("{pid} 2048"), libc::EINVAL)?;
+    refused("detach", &format!("{pid} 1024 plain"), libc::EINVAL)?;
+    ensure!(
+        (plain.stats()?.size, full.stats()?.size) == (1024, 2048),
+        "one attach changed the ring of the other"
+    );
+    drop(full);
+    let left = attached()?;
+    ensure!(
+        left.contains(&format!("{pid}.plain")) && !left.contains(&pid),
+        "attached after one of two was detached: {left:?}"
+    );
+    let pages = Pages::new(16)?;
+    pages.protect(libc::PROT_READ)?;
+    let recorded = plain.stats()?.recorded;
+    ensure!(recorded >= 2, "{recorded} records of one mprotect()");
+    drop(plain);
+    refused("detach", &format!("{pid} plain"), libc::ENOENT)
+}
+
+fn not_attached() -> Result<()> {
+    let pid = std::process::id().to_string();
+    refused("detach", &pid, libc::ENOENT)?;
+    refused("detach", &format!("{pid} plain"), libc::ENOENT)
 }
 
 /// Memory of our own that nobody else changes.
@@ -379,6 +420,7 @@ fn unload_while_attached(args: &Args) -> Result<()> {
     let child = child()?;
     write_once("attach", &child.id().to_string())?;
     write_once("attach", &std::process::id().to_string())?;
+    write_once("attach", &format!("{} plain", std::process::id()))?;
     unload()?;
     let there = Path::new(ROOT).exists();
     load(&args.module)?;
