@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A virtual machine for tests of NUMA balancing: it touches `/dev/kvm`, its own memory and its own threads,
-//! and, in [`balancing`] and [`memcg`], settings of the machine that are put back.
+//! and, in [`balancing`], [`memcg`], [`ksm`] and [`tracefs`], settings of the machine that are put back.
 //!
 //! Every count of pages, here and in the programs, is in base pages of [`PAGE`] bytes, huge pages included.
 //!
@@ -9,16 +9,31 @@
 //! - [`stats`]: KVM's binary statistics.
 //! - [`balancing`]: NUMA balancing of this process: CPUs, policies, scans.
 //! - [`memcg`]: what the memory cgroup counted of it.
+//! - [`ksm`]: merging of equal pages.
+//! - [`tracefs`]: how often a tracepoint fired.
 //! - [`ktap`]: how results are printed.
 
 #![deny(missing_docs)]
 
 pub mod balancing;
+pub mod ksm;
 pub mod ktap;
 pub mod memcg;
 pub mod memory;
 pub mod stats;
+pub mod tracefs;
 pub mod vm;
 
 /// Size of a base page in bytes.
 pub const PAGE: usize = 4096;
+
+/// The system's answer that an error goes back to, if it goes back to one.
+pub fn errno(error: &anyhow::Error) -> Option<i32> {
+    error.chain().find_map(|cause| {
+        let system = cause.downcast_ref::<std::io::Error>();
+        let kvm = cause.downcast_ref::<kvm_ioctls::Error>();
+        system
+            .and_then(std::io::Error::raw_os_error)
+            .or(kvm.map(|error| error.errno()))
+    })
+}

@@ -2,18 +2,20 @@
 //! Guest memory with known contents: mapped, placed, filled, pinned and checked; touches its own mapping only.
 //!
 //! Each base page holds, from its start, one little-endian 32-bit word for each vCPU, which that vCPU counts up, and in
-//! the last eight bytes of each 64-byte line a tag made from the line's guest address.
+//! the last eight bytes of each 64-byte line a tag made from the line's guest address; in pages to be merged, from its
+//! offset in the page.
 
 use std::io;
 use std::ops::Range;
 use std::ptr;
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use io_uring::IoUring;
 use serde::{Deserialize, Serialize};
 
-use crate::{balancing, PAGE};
+use crate::{balancing, ksm, PAGE};
 
 /// Size of a huge page in bytes.
 pub const HUGE_PAGE: usize = 2 << 20;
@@ -44,6 +46,9 @@ pub enum Pinned {
     None,
     /// Every other stripe of 1 MiB, or of one huge page; the first stripe is not pinned.
     Half,
+    /// Every other stripe of 64 KiB, or of one huge page; the first stripe is not pinned.
+    #[serde(rename = "64k_stripes")]
+    Stripes,
     /// Everything.
     All,
 }
@@ -73,6 +78,7 @@ impl Pinned {
         match self {
             Pinned::None => "none",
             Pinned::Half => "half",
+            Pinned::Stripes => "64k_stripes",
             Pinned::All => "all",
         }
     }
@@ -93,10 +99,12 @@ impl FromStr for Pinned {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Pinned> {
-        [Pinned::None, Pinned::Half, Pinned::All]
+        [Pinned::None, Pinned::Half, Pinned::Stripes, Pinned::All]
             .into_iter()
             .find(|one| one.name() == text)
-            .with_context(|| format!("{text}: not a share of pinned memory: none, half or all"))
+            .with_context(|| {
+                format!("{text}: not a share of pinned memory: none, half, 64k_stripes or all")
+            })
     }
 }
 
@@ -106,6 +114,8 @@ pub struct GuestMemory {
     len: usize,
     backing: Backing,
     pinned: Pinned,
+    /// Whether every other page, beginning with the second, is merged.
+    merged: bool,
     /// Holds the pins.
     _ring: Option<IoUring>,
 }
@@ -127,6 +137,7 @@ impl GuestMemory {
             len,
             backing,
             pinned,
+            merged: false,
             _ring: None,
         };
         let advice = match backing {
@@ -186,7 +197,7 @@ impl GuestMemory {
     pub fn is_pinned(&self, page: usize) -> bool {
         match self.pinned {
             Pinned::None => false,
-            Pinned::Half => page * PAGE / self.stripe() % 2 == 1,
+            Pinned::Half | Pinned::Stripes => page * PAGE / self.stripe() % 2 == 1,
             Pinned::All => true,
         }
     }
@@ -196,12 +207,49 @@ impl GuestMemory {
         let (whole, stripe) = (self.addresses(), self.stripe());
         match self.pinned {
             Pinned::None => Vec::new(),
-            Pinned::Half => whole
+            Pinned::Half | Pinned::Stripes => whole
                 .skip(stripe)
                 .step_by(2 * stripe)
                 .map(|start| start..start + stripe as u64)
                 .collect(),
             Pinned::All => vec![whole],
+        }
+    }
+
+    /// Makes every other page, beginning with the second, the same, and has KSM merge them (anonymous base pages that
+    /// are not pinned, and that no vCPU has touched yet). A vCPU that writes to one gets a page of its own again.
+    pub fn merge_alternate(&mut self, limit: Duration) -> Result<()> {
+        self.merged = true;
+        self.fill();
+        // SAFETY: advice about our own mapping; what is merged keeps its contents.
+        if unsafe { libc::madvise(self.base.cast(), self.len, libc::MADV_MERGEABLE) } != 0 {
+            return Err(io::Error::last_os_error())
+                .context("madvise(MADV_MERGEABLE): is CONFIG_KSM set?");
+        }
+        ksm::merge(self.pages() as u64 / 2, limit)
+    }
+
+    /// Whether base page `page` is merged.
+    pub fn is_merged(&self, page: usize) -> bool {
+        self.merged && page % 2 == 1
+    }
+
+    /// The addresses of the merged pages in this process, ascending.
+    pub fn merged_addresses(&self) -> Vec<Range<u64>> {
+        let merged = (0..self.pages()).filter(|page| self.is_merged(*page));
+        merged
+            .map(|page| {
+                let start = (self.base as usize + page * PAGE) as u64;
+                start..start + PAGE as u64
+            })
+            .collect()
+    }
+
+    /// Reads a word of every base page, as this thread.
+    pub fn read_all(&self) {
+        for page in 0..self.pages() {
+            // SAFETY: inside the mapping and aligned.
+            unsafe { self.base.add(page * PAGE).cast::<u32>().read_volatile() };
         }
     }
 
@@ -290,14 +338,20 @@ impl GuestMemory {
     }
 
     fn stripe(&self) -> usize {
-        match self.backing {
-            Backing::Anon | Backing::Memfd => 1 << 20,
-            Backing::Thp => HUGE_PAGE,
+        match (self.backing, self.pinned) {
+            (Backing::Thp, _) => HUGE_PAGE,
+            (_, Pinned::Stripes) => 64 << 10,
+            _ => 1 << 20,
         }
     }
 
-    /// Not zero, and different for each address (SplitMix64's finaliser is a bijection).
+    /// Not zero, and different for each address that is not merged (SplitMix64's finaliser is a bijection).
     fn tag(&self, address: usize) -> u64 {
+        let address = match self.is_merged(address / PAGE) {
+            // Unlike any other page.
+            true => self.len + address % PAGE,
+            false => address,
+        };
         let mut z = (address as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -9,16 +9,25 @@
 //! 01 f7             add edi, esi           ; on to the next page
 //! e2 f9             loop next              ; until ecx pages are done
 //! f4                hlt                    ; leaves KVM_RUN: the pass is complete
+//! 8b 07       read: mov eax, [edi]         ; the same, without asking for write access
+//! 01 f7             add edi, esi
+//! e2 fa             loop read
+//! f4                hlt
+//! 83 3f 00    spin: cmp dword [edi], 0     ; stay in the guest until the host sets the word behind the program
+//! 74 fb             je spin
+//! f4                hlt
 //! ```
 //!
 //! and [`Sweep`] says what is in its registers. It lies in a page of its own behind guest memory, which no scan reaches.
 
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context, Result};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
@@ -28,9 +37,32 @@ use crate::memory::GuestMemory;
 use crate::stats::Stats;
 use crate::{balancing, PAGE};
 
-const PROGRAM: [u8; 8] = [0xf0, 0xff, 0x07, 0x01, 0xf7, 0xe2, 0xf9, 0xf4];
+const PROGRAM: [u8; 21] = [
+    0xf0, 0xff, 0x07, 0x01, 0xf7, 0xe2, 0xf9, 0xf4, //
+    0x8b, 0x07, 0x01, 0xf7, 0xe2, 0xfa, 0xf4, //
+    0x83, 0x3f, 0x00, 0x74, 0xfb, 0xf4,
+];
+/// Offsets of its entries `next`, `read` and `spin`.
+const NEXT: u64 = 0;
+const READ: u64 = 8;
+const SPIN: u64 = 15;
+/// Offset of the word that ends `spin`.
+const STOP: usize = PAGE - 4;
 /// Where KVM may put three pages of its own on Intel processors, far above guest memory.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+/// The first memory slot that is free: guest memory and the program take one each.
+const FIRST_ALIAS: u32 = 2;
+/// The longest that memory may be out of a vCPU's reach under [`Faults::Retried`].
+const REFUSAL: Duration = Duration::from_secs(30);
+
+/// What a vCPU does when `KVM_RUN` fails because the memory at a guest address is not there, or read-only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faults {
+    /// It gives up: nobody takes guest memory away.
+    Fatal,
+    /// It tries again: somebody does, and puts it back soon. See [`Vm::refused`].
+    Retried,
+}
 
 /// The pages that one pass touches: `count` of them, from page `first`, `stride` pages apart (down if negative).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,16 +94,20 @@ impl Sweep {
 enum Command {
     /// Sweep once.
     Pass(Sweep),
+    /// Sweep once without writing.
+    Read(Sweep),
     /// Sweep again and again until told to stop.
     Run(Sweep, Arc<AtomicBool>),
     /// Use CPU time in user mode until told to stop.
     Spin(Arc<AtomicBool>),
+    /// Use CPU time in the guest until told to stop.
+    SpinInside,
 }
 
 struct VcpuThread {
     commands: Sender<Command>,
     /// Passes made, for each command done.
-    replies: Receiver<Result<u64>>,
+    replies: Mutex<Receiver<Result<u64>>>,
     stats: Stats,
     thread: JoinHandle<()>,
 }
@@ -80,11 +116,20 @@ struct VcpuThread {
 pub struct Vm {
     vcpus: Vec<VcpuThread>,
     stats: Stats,
+    program: Arc<Program>,
+    refused: Arc<AtomicU64>,
+    memory: Arc<GuestMemory>,
+    vm: VmFd,
 }
 
 impl Vm {
     /// Makes a VM of `memory` with one vCPU for each of `cpus`, whose thread runs on that CPU only.
     pub fn new(memory: &Arc<GuestMemory>, cpus: &[usize]) -> Result<Vm> {
+        Vm::with(memory, cpus, Faults::Fatal)
+    }
+
+    /// The same, and says what the vCPUs do where memory is missing.
+    pub fn with(memory: &Arc<GuestMemory>, cpus: &[usize], faults: Faults) -> Result<Vm> {
         if memory.size() > TSS_ADDRESS / 2 {
             bail!("{} bytes of guest memory: at most 2046 MiB", memory.size());
         }
@@ -112,6 +157,7 @@ impl Vm {
             unsafe { vm.set_user_memory_region(region) }.context("KVM_SET_USER_MEMORY_REGION")?;
         }
         let stats = Stats::open(&vm)?;
+        let refused = Arc::new(AtomicU64::new(0));
         let vcpus = cpus
             .iter()
             .enumerate()
@@ -121,22 +167,68 @@ impl Vm {
                 let (commands, inbox) = channel();
                 let (outbox, replies) = channel();
                 let (cpu, keep) = (*cpu, (memory.clone(), program.clone()));
+                let guest = Vcpu {
+                    vcpu,
+                    id,
+                    program_address,
+                    faults,
+                    refused: refused.clone(),
+                };
                 let thread = std::thread::Builder::new()
                     .name(format!("vcpu{id}"))
                     .spawn(move || {
-                        serve(vcpu, id, cpu, program_address, &inbox, &outbox);
+                        serve(guest, cpu, &inbox, &outbox);
                         drop(keep);
                     })
                     .context("start a vCPU thread")?;
                 Ok(VcpuThread {
                     commands,
-                    replies,
+                    replies: Mutex::new(replies),
                     stats,
                     thread,
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(Vm { vcpus, stats })
+        Ok(Vm {
+            vcpus,
+            stats,
+            program,
+            refused,
+            memory: memory.clone(),
+            vm,
+        })
+    }
+
+    /// How often `KVM_RUN` failed and was tried again, see [`Faults::Retried`].
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Makes the base pages `pages` of guest memory appear at base page `at` of guest addresses too, in a memory slot of
+    /// their own: slot `alias` (counted from 0) is created, or moved there if the same pages were put elsewhere before.
+    pub fn put_alias(&self, alias: u32, pages: &Range<usize>, at: usize) -> Result<()> {
+        if pages.is_empty() || pages.end > self.memory.pages() {
+            bail!("no pages {pages:?} in guest memory");
+        }
+        self.set_alias(alias, pages, at)
+    }
+
+    /// Deletes the memory slot of such an alias. No vCPU may use it any more.
+    pub fn remove_alias(&self, alias: u32) -> Result<()> {
+        self.set_alias(alias, &(0..0), 0)
+    }
+
+    fn set_alias(&self, alias: u32, pages: &Range<usize>, at: usize) -> Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: FIRST_ALIAS + alias,
+            flags: 0,
+            guest_phys_addr: (at * PAGE) as u64,
+            memory_size: (pages.len() * PAGE) as u64,
+            userspace_addr: self.memory.addresses().start + (pages.start * PAGE) as u64,
+        };
+        // SAFETY: the pages are guest memory's, which this VM and its vCPU threads keep.
+        unsafe { self.vm.set_user_memory_region(region) }
+            .with_context(|| format!("KVM_SET_USER_MEMORY_REGION of alias {alias} at page {at:#x}"))
     }
 
     /// How many vCPUs it has.
@@ -160,34 +252,68 @@ impl Vm {
         self.reply(vcpu).map(drop)
     }
 
+    /// Lets `vcpu` make one pass while `body` runs, which is not waited for: it is complete in the end, and may be before.
+    pub fn while_passing<T>(
+        &self,
+        vcpu: usize,
+        sweep: Sweep,
+        body: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        self.send(vcpu, Command::Pass(sweep))?;
+        let result = body();
+        self.reply(vcpu)?;
+        result
+    }
+
+    /// The same, but the pages are read only: not counted, and mapped as far as reading needs it.
+    pub fn read_pass(&self, vcpu: usize, sweep: Sweep) -> Result<()> {
+        self.send(vcpu, Command::Read(sweep))?;
+        self.reply(vcpu).map(drop)
+    }
+
+    /// Lets every vCPU spin in the guest, away from guest memory, while `body` runs.
+    pub fn while_spinning_inside<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.program.stop().store(0, Ordering::Relaxed);
+        for vcpu in 0..self.vcpus.len() {
+            self.send(vcpu, Command::SpinInside)?;
+        }
+        let result = body();
+        self.program.stop().store(1, Ordering::Relaxed);
+        let stopped: Result<Vec<u64>> =
+            (0..self.vcpus.len()).map(|vcpu| self.reply(vcpu)).collect();
+        stopped.and(result)
+    }
+
     /// Lets every vCPU thread use CPU time in user mode, outside the guest, while `body` runs.
     pub fn while_spinning<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
-        let (result, _) = self.during(|_, stop| Command::Spin(stop), body)?;
+        let (result, _) = self.during(self.vcpus(), |_, stop| Command::Spin(stop), body)?;
         Ok(result)
     }
 
-    /// Lets every vCPU sweep again and again while `body` runs; `sweeps` has one for each. Also gives the number of
-    /// complete passes that each has made.
+    /// Lets vCPUs sweep again and again while `body` runs, as many, from the first, as `sweeps` has sweeps. Also gives the
+    /// number of complete passes that each has made.
     pub fn while_running<T>(
         &self,
         sweeps: &[Sweep],
         body: impl FnOnce() -> Result<T>,
     ) -> Result<(T, Vec<u64>)> {
-        self.during(|vcpu, stop| Command::Run(sweeps[vcpu], stop), body)
+        let command = |vcpu: usize, stop| Command::Run(sweeps[vcpu], stop);
+        self.during(sweeps.len(), command, body)
     }
 
     fn during<T>(
         &self,
+        vcpus: usize,
         command: impl Fn(usize, Arc<AtomicBool>) -> Command,
         body: impl FnOnce() -> Result<T>,
     ) -> Result<(T, Vec<u64>)> {
         let stop = Arc::new(AtomicBool::new(false));
-        for vcpu in 0..self.vcpus.len() {
+        for vcpu in 0..vcpus {
             self.send(vcpu, command(vcpu, stop.clone()))?;
         }
         let result = body();
         stop.store(true, Ordering::Relaxed);
-        let passes: Result<Vec<u64>> = (0..self.vcpus.len()).map(|vcpu| self.reply(vcpu)).collect();
+        let passes: Result<Vec<u64>> = (0..vcpus).map(|vcpu| self.reply(vcpu)).collect();
         Ok((result?, passes?))
     }
 
@@ -201,6 +327,8 @@ impl Vm {
     fn reply(&self, vcpu: usize) -> Result<u64> {
         self.vcpus[vcpu]
             .replies
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
             .recv()
             .with_context(|| format!("the thread of vCPU {vcpu} has ended"))?
             .with_context(|| format!("vCPU {vcpu}"))
@@ -219,7 +347,7 @@ impl Drop for Vm {
 /// The page that holds the guest's program.
 struct Program(*mut u8);
 
-// SAFETY: the page belongs to no thread, and nobody writes to it after it was made.
+// SAFETY: the page belongs to no thread, and nobody writes to it after it was made but to an atomic word.
 unsafe impl Send for Program {}
 // SAFETY: as above.
 unsafe impl Sync for Program {}
@@ -242,6 +370,12 @@ impl Program {
             ptr::copy_nonoverlapping(PROGRAM.as_ptr(), page.cast(), PROGRAM.len());
             Ok(Program(page.cast()))
         }
+    }
+
+    /// The word that ends `spin`.
+    fn stop(&self) -> &AtomicU32 {
+        // SAFETY: inside the page and aligned; neither host nor guest uses it but as an atomic word.
+        unsafe { AtomicU32::from_ptr(self.0.add(STOP).cast()) }
     }
 }
 
@@ -278,25 +412,35 @@ fn create_vcpu(vm: &VmFd, id: usize) -> Result<VcpuFd> {
     Ok(vcpu)
 }
 
-/// The life of a vCPU thread: does what it is told until there is nobody to tell it.
-fn serve(
-    mut vcpu: VcpuFd,
+/// A vCPU as its thread knows it.
+struct Vcpu {
+    vcpu: VcpuFd,
     id: usize,
-    cpu: usize,
     program_address: u64,
-    inbox: &Receiver<Command>,
-    outbox: &Sender<Result<u64>>,
-) {
+    faults: Faults,
+    refused: Arc<AtomicU64>,
+}
+
+/// The life of a vCPU thread: does what it is told until there is nobody to tell it.
+fn serve(mut guest: Vcpu, cpu: usize, inbox: &Receiver<Command>, outbox: &Sender<Result<u64>>) {
     let placed = balancing::set_affinity(&[cpu]);
-    let mut pass = |sweep| run_pass(&mut vcpu, id, program_address, sweep);
     for command in inbox {
         let done = match (&placed, command) {
             (Err(error), _) => Err(anyhow!("{error:#}")),
-            (Ok(()), Command::Pass(sweep)) => pass(sweep).map(|()| 1),
+            (Ok(()), Command::Pass(sweep)) => guest.sweep(NEXT, sweep).map(|()| 1),
+            (Ok(()), Command::Read(sweep)) => guest.sweep(READ, sweep).map(|()| 1),
+            (Ok(()), Command::SpinInside) => {
+                let rdi = guest.program_address + STOP as u64;
+                let regs = kvm_regs {
+                    rdi,
+                    ..Default::default()
+                };
+                guest.run_to_halt(SPIN, regs).map(|()| 0)
+            }
             (Ok(()), Command::Run(sweep, stop)) => {
                 let mut passes = Ok(0);
                 while !stop.load(Ordering::Relaxed) && passes.is_ok() {
-                    passes = pass(sweep).and(passes).map(|made| made + 1);
+                    passes = guest.sweep(NEXT, sweep).and(passes).map(|made| made + 1);
                 }
                 passes
             }
@@ -313,23 +457,57 @@ fn serve(
     }
 }
 
-fn run_pass(vcpu: &mut VcpuFd, id: usize, program_address: u64, sweep: Sweep) -> Result<()> {
-    let regs = kvm_regs {
-        rip: program_address,
-        rdi: (sweep.first * PAGE + id * 4) as u64,
-        rsi: (sweep.stride * PAGE as isize) as u64 & 0xffff_ffff,
-        rcx: sweep.count as u64,
-        rflags: 2,
-        ..Default::default()
-    };
-    vcpu.set_regs(&regs).context("KVM_SET_REGS")?;
-    loop {
-        match vcpu.run() {
-            Ok(VcpuExit::Hlt) => return Ok(()),
-            Ok(VcpuExit::Intr) => {}
-            Ok(exit) => bail!("unexpected exit from the guest: {exit:?}"),
-            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {}
-            Err(error) => return Err(error).context("KVM_RUN"),
+impl Vcpu {
+    fn sweep(&mut self, entry: u64, sweep: Sweep) -> Result<()> {
+        let regs = kvm_regs {
+            rdi: (sweep.first * PAGE + self.id * 4) as u64,
+            rsi: (sweep.stride * PAGE as isize) as u64 & 0xffff_ffff,
+            rcx: sweep.count as u64,
+            ..Default::default()
+        };
+        self.run_to_halt(entry, regs)
+    }
+
+    /// Runs the program from its `entry`, with these registers, until it halts.
+    fn run_to_halt(&mut self, entry: u64, regs: kvm_regs) -> Result<()> {
+        let regs = kvm_regs {
+            rip: self.program_address + entry,
+            rflags: 2,
+            ..regs
+        };
+        self.vcpu.set_regs(&regs).context("KVM_SET_REGS")?;
+        // Since when the vCPU has been refused the same page, known by how many are left.
+        let mut stuck: Option<(Instant, u64)> = None;
+        loop {
+            let refusal = match self.vcpu.run() {
+                Ok(VcpuExit::Hlt) => return Ok(()),
+                Ok(VcpuExit::Intr) => continue,
+                Ok(exit @ VcpuExit::MemoryFault { .. }) => anyhow!("{exit:?}"),
+                Ok(exit) => bail!("unexpected exit from the guest: {exit:?}"),
+                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => continue,
+                Err(error) => {
+                    let errno = error.errno();
+                    let error = std::io::Error::from_raw_os_error(errno);
+                    if errno != libc::EFAULT {
+                        return Err(error).context("KVM_RUN");
+                    }
+                    error.into()
+                }
+            };
+            if self.faults == Faults::Fatal {
+                return Err(refusal).context("KVM_RUN");
+            }
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            let left = self.vcpu.get_regs().context("KVM_GET_REGS")?.rcx;
+            match stuck {
+                Some((since, at)) if at == left => {
+                    if since.elapsed() > REFUSAL {
+                        return Err(refusal).with_context(|| format!("KVM_RUN for {REFUSAL:?}"));
+                    }
+                }
+                _ => stuck = Some((Instant::now(), left)),
+            }
+            std::thread::yield_now();
         }
     }
 }

@@ -5,12 +5,13 @@
 //! part, in which nothing happens at the same time, so that every count is exact. After a warm-up pass that maps
 //! everything, each step is
 //!
-//! 1. a scan: the guest is stopped, its threads use CPU time in user mode until two whole scans have ended: the first
-//!    may have begun before the guest stopped;
-//! 2. a pass: scans are off, one vCPU after the other sweeps guest memory.
+//! 1. a scan: the vCPUs spin in the guest, away from guest memory, until two whole scans have ended: the first may have
+//!    begun before;
+//! 2. a pass: scans are off, one vCPU after the other sweeps guest memory;
+//! 3. after a pass over all of it, a look for hints that are left: this process reads every page.
 //!
 //! Then guest memory goes back to node 1, and the guest runs freely for a while, both vCPUs at once and against each
-//! other, with scans going on.
+//! other, with scans going on; after that one more pass, and another look for hints.
 //!
 //! Only guest memory is scanned, the rest of the process is bound strictly to its node; so the cgroup's counts are
 //! guest memory's.
@@ -25,12 +26,13 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use guest::balancing;
 use guest::memcg::{self, Counters, Source};
-use guest::memory::{Backing, GuestMemory, Pinned};
+use guest::memory::{Backing, GuestMemory, Pinned, HUGE_PAGE};
+use guest::tracefs::Tracepoint;
 use guest::vm::{Sweep, Vm};
 use serde::{Deserialize, Serialize};
 use trace::client::{Client, Stats};
 use trace::record::Record;
-use trace::sequence::Sequence;
+use trace::sequence::{Report, Sequence};
 
 /// The node of the vCPUs.
 pub const CPU_NODE: usize = 0;
@@ -43,6 +45,8 @@ const SCANS: u64 = 2;
 const FREE_SCANS: u64 = 4;
 /// Room in the recorder, in records.
 const RECORDS: u64 = 1 << 18;
+/// Fires for what KVM unmaps of a VM's memory because the process's page tables change.
+const UNMAP_EVENT: &str = "kvm/kvm_unmap_hva_range";
 /// The longest that scans may take.
 const LIMIT: Duration = Duration::from_secs(45);
 
@@ -54,6 +58,8 @@ pub enum Layout {
     Whole,
     /// In every other step, beginning with the first, only every other page (huge page).
     TouchedHalf,
+    /// All; every other page, beginning with the second, is merged by KSM and only read.
+    KsmAlternating,
 }
 
 /// A kind of guest memory and how it is used.
@@ -74,6 +80,7 @@ impl Case {
         match self.layout {
             Layout::Whole => format!("{backing}.pinned_{}", self.pinned.name()),
             Layout::TouchedHalf => format!("{backing}.touched_half"),
+            Layout::KsmAlternating => format!("{backing}.ksm_alternating"),
         }
     }
 }
@@ -82,7 +89,7 @@ impl Case {
 pub struct Plan {
     /// The case.
     pub case: Case,
-    /// Guest memory in bytes.
+    /// Guest memory in bytes; a quarter of it where pages are merged.
     pub memory: usize,
     /// Steps that are counted.
     pub steps: u32,
@@ -102,14 +109,16 @@ pub struct Figures {
     pub name: String,
     /// `anon`, `memfd` or `thp`.
     pub backing: Backing,
-    /// `none`, `half` or `all`.
+    /// `none`, `half`, `64k_stripes` or `all`.
     pub pinned: Pinned,
-    /// `whole` or `touched_half`.
+    /// `whole`, `touched_half` or `ksm_alternating`.
     pub layout: Layout,
     /// Pages of guest memory.
     pub guest_pages: u64,
     /// Pages of it that are pinned.
     pub pinned_pages: u64,
+    /// Pages of it that are merged.
+    pub merged_pages: u64,
     /// Steps of scans and a pass.
     pub steps: u32,
     /// Complete scans of the address space.
@@ -128,7 +137,7 @@ pub struct Figures {
     pub faults: u64,
     /// KVM's requests to flush the TLBs of all vCPUs (`remote_tlb_flush_requests`).
     pub flush_requests: u64,
-    /// Such flushes done (`remote_tlb_flush`).
+    /// Such flushes for which a vCPU had to leave the guest (`remote_tlb_flush`).
     pub flushes: u64,
     /// What the recorder saw, where it is loaded.
     pub recorded: Option<Recorded>,
@@ -147,7 +156,7 @@ pub struct Figures {
 pub struct Recorded {
     /// `invalidate_range_start()` calls of any kind.
     pub notifier_starts: u64,
-    /// Of those, calls whose range meets guest memory while the guest was stopped, that is, those of the scans.
+    /// Of those, calls whose range meets guest memory while no vCPU touched it, that is, those of the scans.
     pub scan_starts: u64,
     /// Start/end pairs flagged as a NUMA scan's.
     pub numa_pairs: u64,
@@ -190,8 +199,16 @@ pub struct Step {
     pub flush_requests_scan: u64,
     /// Flush requests during the pass.
     pub flush_requests_pass: u64,
-    /// Flushes during both.
-    pub flushes: u64,
+    /// Flushes during the scans for which a vCPU had to leave the guest.
+    pub flushes_scan: u64,
+    /// The same during the pass.
+    pub flushes_pass: u64,
+    /// How often `kvm_unmap_hva_range` fired for guest memory during the scans; `None` without tracefs.
+    pub unmap_events: Option<u64>,
+    /// Reports of the scans.
+    pub reports: u64,
+    /// Hints that a pass over all pages left, taken by reading every page afterwards; `None` if it was not such a pass.
+    pub hints_left: Option<u64>,
     /// Sequence number of the first record of the scans.
     pub first_record: u64,
     /// Sequence number after their last record.
@@ -219,8 +236,10 @@ pub struct FreeRun {
     pub faults: u64,
     /// KVM's flush requests.
     pub flush_requests: u64,
-    /// KVM's flushes.
+    /// KVM's flushes for which a vCPU had to leave the guest.
     pub flushes: u64,
+    /// Hints that were left after one more pass without scans.
+    pub hints_left: u64,
     /// Sequence number of its first record.
     pub first_record: u64,
 }
@@ -233,14 +252,16 @@ pub struct Measured {
     pub recording: Option<(Sequence, Stats)>,
     /// Addresses of guest memory.
     pub guest: Range<u64>,
-    /// Addresses of the pinned parts of it.
-    pub pinned: Vec<Range<u64>>,
+    /// Whether the counts are this process's own, as a memory cgroup keeps them.
+    pub own_counts: bool,
+    /// Addresses of the pinned or merged parts of it.
+    pub kept: Vec<Range<u64>>,
     /// Whether guest memory held what it must in the end.
     pub contents: Result<(), String>,
-    /// Pinned pages that are not where they were.
-    pub pinned_moved: u64,
-    /// Unpinned pages that are still where they were.
-    pub unpinned_left: u64,
+    /// Pinned or merged pages that are not where they were.
+    pub kept_moved: u64,
+    /// Other pages that are still where they were.
+    pub free_left: u64,
 }
 
 /// Counters at one moment.
@@ -253,6 +274,7 @@ struct Snapshot {
     faults: u64,
     flush_requests: u64,
     flushes: u64,
+    unmap_events: Option<u64>,
     /// Records read so far.
     records: u64,
 }
@@ -262,6 +284,7 @@ struct Bench {
     memory: Arc<GuestMemory>,
     source: Source,
     client: Option<Client>,
+    unmap: Option<Tracepoint>,
     records: Vec<Record>,
     /// What each vCPU must have counted in each page.
     counted: Vec<Vec<u32>>,
@@ -277,11 +300,10 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         "{name}: {} pages of guest memory on node {MEMORY_NODE}, {VCPUS} vCPUs on node {CPU_NODE}",
         bench.memory.pages()
     ));
-    let whole = Sweep {
-        first: 0,
-        stride: 1,
-        count: bench.memory.pages(),
-    };
+    let whole = bench.every(match case.layout {
+        Layout::KsmAlternating => 2,
+        Layout::Whole | Layout::TouchedHalf => 1,
+    });
     bench.pass(whole, 0)?;
     if trace::client::is_loaded() {
         bench.client = Some(Client::attach_self(RECORDS)?);
@@ -296,15 +318,15 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         bench.scan()?;
         let between = bench.snapshot()?;
         touched = match case.layout {
-            Layout::TouchedHalf if number % 2 == 0 => Sweep {
-                first: 0,
-                stride: 2 * case.backing.unit() as isize,
-                count: bench.memory.pages() / case.backing.unit() / 2,
-            },
-            Layout::Whole | Layout::TouchedHalf => whole,
+            Layout::TouchedHalf if number % 2 == 0 => bench.every(2 * case.backing.unit()),
+            _ => whole,
         };
         bench.pass(touched, number as usize)?;
         let after = bench.snapshot()?;
+        let hints_left = match touched == whole {
+            true => Some(bench.hints_left(after)?),
+            false => None,
+        };
         let step = Step {
             expected,
             hinted: between.numa.pte_updates - before.numa.pte_updates,
@@ -320,7 +342,14 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
             scans: between.scans - before.scans,
             flush_requests_scan: between.flush_requests - before.flush_requests,
             flush_requests_pass: after.flush_requests - between.flush_requests,
-            flushes: after.flushes - before.flushes,
+            flushes_scan: between.flushes - before.flushes,
+            flushes_pass: after.flushes - between.flushes,
+            unmap_events: between
+                .unmap_events
+                .zip(before.unmap_events)
+                .map(|(b, a)| b - a),
+            reports: 0,
+            hints_left,
             first_record: before.records,
             end_record: between.records,
         };
@@ -334,7 +363,7 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
             step.flush_requests_scan + step.flush_requests_pass,
         ));
         steps.push(step);
-        before = after;
+        before = bench.snapshot()?;
     }
     if let Some(client) = &bench.client {
         client.copy_trace(&plan.results.join(format!("{name}.trace")))?;
@@ -346,6 +375,9 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
     let start = bench.snapshot()?;
     let (elapsed, passes) = bench.free_run(whole, plan.free_run)?;
     let end = bench.snapshot()?;
+    bench.pass(whole, 0)?;
+    let swept = bench.snapshot()?;
+    let hints_left = bench.hints_left(swept)?;
     let mut free_run = FreeRun {
         elapsed_s: elapsed.as_secs_f64(),
         passes,
@@ -357,6 +389,7 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         faults: end.faults - start.faults,
         flush_requests: end.flush_requests - start.flush_requests,
         flushes: end.flushes - start.flushes,
+        hints_left,
         first_record: start.records,
     };
     progress(format!(
@@ -366,14 +399,17 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
 
     let nodes = bench.memory.nodes()?;
     let on_node = |node| nodes.iter().filter(|at| **at == node).count() as u64;
-    let away = |pinned| {
+    let away = |kept| {
         let all = nodes.iter().enumerate();
-        all.filter(|(page, _)| bench.memory.is_pinned(*page) == pinned)
+        all.filter(|(page, _)| bench.is_kept(*page) == kept)
             .filter(|(_, at)| **at != MEMORY_NODE as i32)
             .count() as u64
     };
-    let unpinned = bench.unpinned(whole);
-    let (pinned_moved, unpinned_left) = (away(true), unpinned - away(false));
+    let pages = bench.memory.pages();
+    let count = |is: &dyn Fn(usize) -> bool| (0..pages).filter(|page| is(*page)).count() as u64;
+    let pinned_pages = count(&|page| bench.memory.is_pinned(page));
+    let merged_pages = count(&|page| bench.memory.is_merged(page));
+    let (kept_moved, free_left) = (away(true), bench.unpinned(whole) - away(false));
     let pages_on_node = [on_node(0), on_node(1)];
     let contents = bench.memory.verify(&bench.counted);
 
@@ -385,9 +421,11 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
             write_records(plan, &name, &bench.records)?;
             let sequence = Sequence::new(std::mem::take(&mut bench.records));
             for step in &mut steps {
-                step.reported = reported(&sequence, step.first_record..step.end_record);
+                let records = step.first_record..step.end_record;
+                step.reports = reports(&sequence, records.clone()).count() as u64;
+                step.reported = pages_in(reports(&sequence, records));
             }
-            free_run.reported = reported(&sequence, free_run.first_record..u64::MAX);
+            free_run.reported = pages_in(reports(&sequence, free_run.first_record..u64::MAX));
             Some((sequence, stats))
         }
     };
@@ -400,8 +438,9 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         backing: case.backing,
         pinned: case.pinned,
         layout: case.layout,
-        guest_pages: whole.count as u64,
-        pinned_pages: whole.count as u64 - unpinned,
+        guest_pages: pages as u64,
+        pinned_pages,
+        merged_pages,
         steps: plan.steps,
         scans: sum(|step| step.scans),
         hinted: sum(|step| step.hinted),
@@ -411,7 +450,7 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         dropped_mappings: sum(|step| step.dropped_mappings),
         faults: sum(|step| step.faults),
         flush_requests: sum(|step| step.flush_requests_scan + step.flush_requests_pass),
-        flushes: sum(|step| step.flushes),
+        flushes: sum(|step| step.flushes_scan + step.flushes_pass),
         recorded,
         free_run,
         pages_on_node,
@@ -422,10 +461,14 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         figures,
         recording,
         guest: bench.memory.addresses(),
-        pinned: bench.memory.pinned_addresses(),
+        own_counts: matches!(bench.source, Source::Memcg(_)),
+        kept: match case.layout {
+            Layout::KsmAlternating => bench.memory.merged_addresses(),
+            Layout::Whole | Layout::TouchedHalf => bench.memory.pinned_addresses(),
+        },
         contents,
-        pinned_moved,
-        unpinned_left,
+        kept_moved,
+        free_left,
     })
 }
 
@@ -442,8 +485,24 @@ impl Bench {
         // The vCPUs' processors are left to them: where a scan has to yield, KVM flushes once more.
         balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
         let case = plan.case;
-        let memory = GuestMemory::new(case.backing, case.pinned, plan.memory, MEMORY_NODE)?;
+        // Merging takes long: a quarter has to do.
+        let size = match case.layout {
+            Layout::KsmAlternating => (plan.memory / 4).next_multiple_of(HUGE_PAGE),
+            Layout::Whole | Layout::TouchedHalf => plan.memory,
+        };
+        let mut memory = GuestMemory::new(case.backing, case.pinned, size, MEMORY_NODE)?;
+        if case.layout == Layout::KsmAlternating {
+            memory.merge_alternate(LIMIT)?;
+        }
         let memory = Arc::new(memory);
+        let unmap = match Tracepoint::is_there(UNMAP_EVENT) {
+            true => {
+                let Range { start, end } = memory.addresses();
+                let filter = format!("start < {end:#x} && end > {start:#x}");
+                Some(Tracepoint::count(UNMAP_EVENT, &filter)?)
+            }
+            false => None,
+        };
         let cpus = balancing::node_cpus(CPU_NODE)?;
         let cpus: Vec<usize> = cpus.into_iter().cycle().take(VCPUS).collect();
         Ok(Bench {
@@ -452,8 +511,23 @@ impl Bench {
             memory,
             source,
             client: None,
+            unmap,
             records: Vec::new(),
         })
+    }
+
+    /// Every `stride`th page, beginning with the first.
+    fn every(&self, stride: usize) -> Sweep {
+        Sweep {
+            first: 0,
+            stride: stride as isize,
+            count: self.memory.pages() / stride,
+        }
+    }
+
+    /// Whether `page` is pinned or merged, and so not to be hinted.
+    fn is_kept(&self, page: usize) -> bool {
+        self.memory.is_pinned(page) || self.memory.is_merged(page)
     }
 
     /// Of the pages that `sweep` touches, or whose huge page it touches, those that are not pinned.
@@ -465,14 +539,24 @@ impl Bench {
         each * free.count() as u64
     }
 
-    /// One pass of each vCPU, one after the other, beginning with vCPU `first` (modulo their number).
+    /// One pass of each vCPU, one after the other, beginning with vCPU `first` (modulo their number). Merged pages, all
+    /// of which lie between those of `sweep`, are read.
     fn pass(&mut self, sweep: Sweep, first: usize) -> Result<()> {
         for turn in 0..VCPUS {
             let vcpu = (first + turn) % VCPUS;
             self.vm.pass(vcpu, sweep)?;
             self.count(vcpu, sweep, 1);
+            if self.memory.is_merged(1) {
+                self.vm.read_pass(vcpu, Sweep { first: 1, ..sweep })?;
+            }
         }
         Ok(())
+    }
+
+    /// Hints in guest memory now, at `before`: reads every page from node 1. Takes them, if there are any.
+    fn hints_left(&self, before: Snapshot) -> Result<u64> {
+        self.memory.read_all();
+        Ok(self.source.read()?.hint_faults - before.numa.hint_faults)
     }
 
     fn count(&mut self, vcpu: usize, sweep: Sweep, passes: u64) {
@@ -482,9 +566,9 @@ impl Bench {
         }
     }
 
-    /// Scans the process, the guest being stopped.
+    /// Scans the process while no vCPU touches guest memory.
     fn scan(&self) -> Result<()> {
-        self.vm.while_spinning(|| {
+        self.vm.while_spinning_inside(|| {
             balancing::enable(true)?;
             let waited = balancing::wait_for_scans(SCANS, LIMIT);
             balancing::enable(false)?;
@@ -537,19 +621,21 @@ impl Bench {
             faults: self.vm.vcpu_stat("pf_fixed")?,
             flush_requests: self.vm.stat("remote_tlb_flush_requests")?,
             flushes: self.vm.stat("remote_tlb_flush")?,
+            unmap_events: self.unmap.as_ref().map(Tracepoint::fired).transpose()?,
             records: self.records.len() as u64,
         })
     }
 }
 
-/// The pages that the reports begun within `records` say were hinted.
-fn reported(sequence: &Sequence, records: Range<u64>) -> u64 {
-    sequence
-        .reports
-        .iter()
-        .filter(|report| records.contains(&report.stretches[0].seq))
-        .map(|report| report.pages())
-        .sum()
+/// The reports begun within `records`.
+fn reports(sequence: &Sequence, records: Range<u64>) -> impl Iterator<Item = &Report> {
+    let reports = sequence.reports.iter();
+    reports.filter(move |report| records.contains(&report.stretches[0].seq))
+}
+
+/// The pages that `reports` say were hinted.
+fn pages_in<'a>(reports: impl Iterator<Item = &'a Report>) -> u64 {
+    reports.map(Report::pages).sum()
 }
 
 fn summarise(sequence: &Sequence, steps: &[Step], end: u64, memory: &GuestMemory) -> Recorded {

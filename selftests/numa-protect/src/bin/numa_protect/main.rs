@@ -102,12 +102,15 @@ fn main() -> ExitCode {
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for backing in [Backing::Anon, Backing::Memfd, Backing::Thp] {
-        for pinned in [Pinned::None, Pinned::Half, Pinned::All] {
-            cases.push(Case {
-                backing,
-                pinned,
-                layout: Layout::Whole,
-            });
+        for pinned in [Pinned::None, Pinned::Half, Pinned::Stripes, Pinned::All] {
+            // Huge pages are pinned whole, as in Half.
+            if (backing, pinned) != (Backing::Thp, Pinned::Stripes) {
+                cases.push(Case {
+                    backing,
+                    pinned,
+                    layout: Layout::Whole,
+                });
+            }
         }
         cases.push(Case {
             backing,
@@ -115,6 +118,11 @@ fn cases() -> Vec<Case> {
             layout: Layout::TouchedHalf,
         });
     }
+    cases.push(Case {
+        backing: Backing::Anon,
+        pinned: Pinned::None,
+        layout: Layout::KsmAlternating,
+    });
     cases
 }
 
@@ -202,6 +210,9 @@ fn missing_for(case: Case) -> Option<String> {
     let thp = case.backing == Backing::Thp;
     if thp && !Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
         return Some("no transparent huge pages: needs CONFIG_TRANSPARENT_HUGEPAGE".into());
+    }
+    if case.layout == Layout::KsmAlternating && !guest::ksm::is_there() {
+        return Some("no merging of pages: needs CONFIG_KSM".into());
     }
     let pins = case.pinned != Pinned::None;
     if pins && !Path::new("/proc/sys/kernel/io_uring_disabled").exists() {

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0
+//! How often a tracepoint fired, counted by a tracefs instance of its own, which is removed in the end.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+const INSTANCES: &str = "/sys/kernel/tracing/instances";
+
+/// A tracepoint that is being counted.
+pub struct Tracepoint {
+    instance: PathBuf,
+}
+
+impl Tracepoint {
+    /// Whether the kernel has tracepoint `event` (`SYSTEM/NAME`).
+    pub fn is_there(event: &str) -> bool {
+        Path::new("/sys/kernel/tracing/events").join(event).exists()
+            && Path::new(INSTANCES).exists()
+    }
+
+    /// Counts `event` (`SYSTEM/NAME`) where `filter` holds (Documentation/trace/events.rst), from now on.
+    pub fn count(event: &str, filter: &str) -> Result<Tracepoint> {
+        let name = format!("numa_notify.{}", std::process::id());
+        let instance = Path::new(INSTANCES).join(name);
+        fs::create_dir(&instance).with_context(|| {
+            format!("{}: needs root, tracefs, CONFIG_FTRACE", instance.display())
+        })?;
+        let tracepoint = Tracepoint { instance };
+        for (file, value) in [("filter", filter), ("enable", "1")] {
+            let path = tracepoint.instance.join("events").join(event).join(file);
+            fs::write(&path, value).with_context(|| format!("{}: {value}", path.display()))?;
+        }
+        Ok(tracepoint)
+    }
+
+    /// How often it has fired so far: what is in the buffer and what was overwritten there.
+    pub fn fired(&self) -> Result<u64> {
+        let mut fired = 0;
+        let folder = self.instance.join("per_cpu");
+        for cpu in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let path = cpu?.path().join("stats");
+            let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            fired += total(&text).with_context(|| path.display().to_string())?;
+        }
+        Ok(fired)
+    }
+}
+
+impl Drop for Tracepoint {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir(&self.instance) {
+            eprintln!("{}: not removed: {error}", self.instance.display());
+        }
+    }
+}
+
+/// All events that a `stats` file of tracefs speaks of, also those that are not in the buffer any more.
+fn total(stats: &str) -> Result<u64> {
+    ["entries", "overrun", "dropped events", "read events"]
+        .into_iter()
+        .map(|name| {
+            stats
+                .lines()
+                .filter_map(|line| line.split_once(':'))
+                .find(|(key, _)| *key == name)
+                .and_then(|(_, value)| value.trim().parse::<u64>().ok())
+                .with_context(|| format!("no {name}"))
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::total;
+
+    #[test]
+    fn lost_events_count() {
+        let stats = "entries: 3\noverrun: 40\ncommit overrun: 0\nbytes: 132\noldest event ts:  2.5\nnow ts:  3.5\ndropped events: 500\nread events: 6000\n";
+        assert_eq!(total(stats).unwrap(), 6543);
+        assert!(total("entries: 3\n").is_err());
+    }
+}

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Memory of this process that lies on a device (the kernel's own simulation of one, lib/test_hmm.c) under NUMA scans:
+//! they leave its entries as they were. Changes its own memory only.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{bail, ensure, Context, Result};
+use guest::memcg::Source;
+use guest::memory::HUGE_PAGE;
+use guest::{balancing, PAGE};
+
+use crate::{under_scans, Test, CPU_NODE};
+
+const DEVICE: &str = "/dev/hmm_dmirror0";
+const MIRROR: (&str, &str) = (DEVICE, "CONFIG_TEST_HMM");
+const NEEDS: &[(&str, &str)] = &[MIRROR];
+const NEEDS_HUGE: &[(&str, &str)] = &[
+    MIRROR,
+    (
+        "/sys/kernel/mm/transparent_hugepage",
+        "CONFIG_TRANSPARENT_HUGEPAGE",
+    ),
+];
+
+/// The tests of this group.
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "device_private.stays_writable",
+        needs: NEEDS,
+        run: |source| stays_writable(source, &BASE),
+    },
+    Test {
+        name: "device_private.not_hinted",
+        needs: NEEDS,
+        run: |source| not_hinted(source, &BASE),
+    },
+    Test {
+        name: "device_private.huge_stays_writable",
+        needs: NEEDS_HUGE,
+        run: |source| stays_writable(source, &HUGE),
+    },
+    Test {
+        name: "device_private.huge_not_hinted",
+        needs: NEEDS_HUGE,
+        run: |source| not_hinted(source, &HUGE),
+    },
+];
+
+/// Of `lib/test_hmm_uapi.h`: `_IOWR('H', number, struct hmm_dmirror_cmd)`.
+const HMM_DMIRROR_MIGRATE_TO_DEV: libc::c_ulong = 0xc028_4802;
+const HMM_DMIRROR_SNAPSHOT: libc::c_ulong = 0xc028_4804;
+const HMM_DMIRROR_PROT_WRITE: u8 = 0x02;
+const HMM_DMIRROR_PROT_PMD: u8 = 0x04;
+const HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL: u8 = 0x20;
+const WRITABLE: u8 = HMM_DMIRROR_PROT_DEV_PRIVATE_LOCAL | HMM_DMIRROR_PROT_WRITE;
+
+/// `struct hmm_dmirror_cmd`.
+#[repr(C)]
+#[derive(Default)]
+struct Command {
+    addr: u64,
+    ptr: u64,
+    npages: u64,
+    cpages: u64,
+    faults: u64,
+}
+
+/// What is mapped: pages that go to the device, and behind them, in the same mapping, pages that stay, which show that the
+/// scans came by.
+struct Layout {
+    advice: libc::c_int,
+    to_device: usize,
+    stay: usize,
+}
+
+const BASE: Layout = Layout {
+    advice: libc::MADV_NOHUGEPAGE,
+    to_device: 256,
+    stay: 16,
+};
+const HUGE: Layout = Layout {
+    advice: libc::MADV_HUGEPAGE,
+    to_device: HUGE_PAGE / PAGE,
+    stay: HUGE_PAGE / PAGE,
+};
+/// More than one: scans let a mapping that they meet for the first time pass.
+const SCANS: u64 = 3;
+
+/// Memory of our own, at a multiple of the huge page size.
+struct Mapping {
+    reserved: *mut libc::c_void,
+    reserved_length: usize,
+    base: *mut u8,
+    pages: usize,
+}
+
+impl Mapping {
+    fn new(layout: &Layout) -> Result<Mapping> {
+        let pages = layout.to_device + layout.stay;
+        let reserved_length = pages * PAGE + HUGE_PAGE;
+        // SAFETY: a new mapping; the aligned address is inside it.
+        let (reserved, base) = unsafe {
+            let reserved = libc::mmap(
+                ptr::null_mut(),
+                reserved_length,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            ensure!(
+                reserved != libc::MAP_FAILED,
+                "mmap(): {}",
+                io::Error::last_os_error()
+            );
+            (reserved, reserved.add(reserved.align_offset(HUGE_PAGE)))
+        };
+        let mapping = Mapping {
+            reserved,
+            reserved_length,
+            base: base.cast(),
+            pages,
+        };
+        let length = pages * PAGE;
+        // SAFETY: a part of our own mapping, which nobody uses yet.
+        let failed = unsafe {
+            libc::mprotect(base, length, libc::PROT_READ | libc::PROT_WRITE) != 0
+                || libc::madvise(base, length, layout.advice) != 0
+        };
+        ensure!(
+            !failed,
+            "mprotect(), madvise(): {}",
+            io::Error::last_os_error()
+        );
+        balancing::allow_scans(mapping.address()..mapping.address() + length as u64)?;
+        for page in 0..pages {
+            // SAFETY: inside the part that is writable.
+            unsafe { mapping.word(page).write_volatile(page as u64 + 1) };
+        }
+        Ok(mapping)
+    }
+
+    fn address(&self) -> u64 {
+        self.base as u64
+    }
+
+    /// The first word of a page.
+    fn word(&self, page: usize) -> *mut u64 {
+        self.base.wrapping_add(page * PAGE).cast()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, and every user of it is gone.
+        unsafe { libc::munmap(self.reserved, self.reserved_length) };
+    }
+}
+
+/// The simulated device, which shares the address space of this process.
+struct Mirror(File);
+
+impl Mirror {
+    fn open() -> Result<Mirror> {
+        let file = File::options().read(true).write(true).open(DEVICE);
+        Ok(Mirror(file.context(DEVICE)?))
+    }
+
+    /// Gives how many pages the device says that it has handled.
+    fn command(
+        &self,
+        request: libc::c_ulong,
+        addr: u64,
+        pages: usize,
+        out: &mut [u8],
+    ) -> Result<usize> {
+        let mut command = Command {
+            addr,
+            ptr: out.as_mut_ptr() as u64,
+            npages: pages as u64,
+            ..Command::default()
+        };
+        // SAFETY: the structure is the one that the request is about; callers give room for what it writes to `out`.
+        let status = unsafe { libc::ioctl(self.0.as_raw_fd(), request as _, &mut command) };
+        if status != 0 {
+            return Err(io::Error::last_os_error())
+                .with_context(|| format!("{DEVICE}: request {request:#x} for {pages} pages"));
+        }
+        Ok(command.cpages as usize)
+    }
+
+    /// Moves pages to the device.
+    fn take(&self, addr: u64, pages: usize) -> Result<()> {
+        let mut contents = vec![0; pages * PAGE];
+        let taken = self.command(HMM_DMIRROR_MIGRATE_TO_DEV, addr, pages, &mut contents)?;
+        ensure!(taken == pages, "the device took {taken} of {pages} pages");
+        Ok(())
+    }
+
+    /// How pages are mapped, as the device sees it: a value of `HMM_DMIRROR_PROT_*` for each, but for its size.
+    fn snapshot(&self, addr: u64, pages: usize) -> Result<Vec<u8>> {
+        let mut how = vec![0; pages];
+        self.command(HMM_DMIRROR_SNAPSHOT, addr, pages, &mut how)?;
+        how.iter_mut().for_each(|one| *one &= !HMM_DMIRROR_PROT_PMD);
+        Ok(how)
+    }
+}
+
+/// What scans did.
+struct Scanned {
+    /// How the pages on the device are mapped.
+    mapped: Vec<u8>,
+    /// Pages hinted.
+    hinted: u64,
+}
+
+/// Puts pages of `layout` on the device, lets scans run over all, and takes the pages back.
+fn scanned(source: &Source, layout: &Layout) -> Result<Scanned> {
+    let mapping = Mapping::new(layout)?;
+    let mirror = Mirror::open()?;
+    let (addr, pages) = (mapping.address(), layout.to_device);
+    mirror.take(addr, pages)?;
+    only_writable(&mirror.snapshot(addr, pages)?).context("before the scans")?;
+
+    let before = source.read()?;
+    while_spinning(|| under_scans(SCANS))?;
+    let hinted = source.read()?.pte_updates - before.pte_updates;
+    let mapped = mirror.snapshot(addr, pages)?;
+
+    for page in 0..mapping.pages {
+        // SAFETY: inside the mapping and aligned. A page that is on the device comes back.
+        let word = unsafe { mapping.word(page).read_volatile() };
+        ensure!(word == page as u64 + 1, "page {page} came back with {word}");
+    }
+    Ok(Scanned { mapped, hinted })
+}
+
+/// Uses CPU time in user mode while `body` runs.
+fn while_spinning<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let cpus = balancing::node_cpus(CPU_NODE)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let spinner = scope.spawn(|| {
+            let placed = balancing::set_affinity(&cpus);
+            while placed.is_ok() && !stop.load(Ordering::Relaxed) {
+                std::hint::spin_loop();
+            }
+            placed
+        });
+        let result = body();
+        stop.store(true, Ordering::Relaxed);
+        spinner.join().expect("spinning does not panic")?;
+        result
+    })
+}
+
+/// All of the pages are on the device, and writable there.
+fn only_writable(mapped: &[u8]) -> Result<()> {
+    match mapped.iter().position(|how| *how != WRITABLE) {
+        None => Ok(()),
+        Some(page) => {
+            let count = mapped.iter().filter(|how| **how != WRITABLE).count();
+            let how = mapped[page];
+            bail!("{count} of {} pages are not on the device and writable, the first is page {page} ({how:#04x})", mapped.len())
+        }
+    }
+}
+
+fn stays_writable(source: &Source, layout: &Layout) -> Result<()> {
+    only_writable(&scanned(source, layout)?.mapped)
+}
+
+/// What is counted as hinted is what stayed, and nothing on the device.
+fn not_hinted(source: &Source, layout: &Layout) -> Result<()> {
+    let (hinted, stay) = (scanned(source, layout)?.hinted, layout.stay as u64);
+    ensure!(
+        hinted == stay,
+        "{hinted} pages hinted, and {stay} were there to be hinted"
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_not_writable_is_seen() {
+        assert!(only_writable(&[WRITABLE; 4]).is_ok());
+        for how in [0, 0x01, 0x02, 0x21, 0x32, 0xff] {
+            assert!(only_writable(&[WRITABLE, how, WRITABLE]).is_err());
+        }
+    }
+}

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What is no NUMA scan, and who does not listen to one: changes the machine's scan and KSM settings while it runs.
+//!
+//! Prints KTAP. Three groups of tests:
+//!
+//! - `operations.rs`: whatever else changes page tables does so as before. No event of it carries the flag of NUMA scans
+//!   or brings a report, and KVM obeys it.
+//! - `plain.rs`: a subscriber without `numa_protect` hears what it would hear if there were no such callback.
+//! - `device.rs`: a scan leaves memory alone that is not there, but on a device.
+//!
+//! Runs in a process of its own, started once scans are fast, and in a memory cgroup of its own.
+
+mod device;
+mod operations;
+mod plain;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use clap::Parser;
+use guest::balancing::{self, Settings};
+use guest::ktap::{diagnostic, Ktap, Outcome};
+use guest::memcg::{self, Memcg, Source};
+use guest::memory::{Backing, GuestMemory, Pinned};
+use guest::vm::{Sweep, Vm};
+
+/// The node of the vCPUs.
+const CPU_NODE: usize = 0;
+/// The node on which guest memory starts.
+const MEMORY_NODE: usize = 1;
+/// Room in the recorder, in records.
+const RECORDS: u64 = 1 << 16;
+/// The longest that scans or KSM may take.
+const LIMIT: Duration = Duration::from_secs(45);
+
+/// What is no NUMA scan, and who does not listen to one.
+#[derive(Parser)]
+struct Args {
+    /// Folder for results; this program leaves none.
+    #[arg(long, default_value = ".")]
+    results: PathBuf,
+    /// Only the tests whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Run the tests here, in the memory cgroup given by `--memcg`, if any.
+    #[arg(long, hide = true)]
+    child: bool,
+    #[arg(long, hide = true, requires = "child")]
+    memcg: Option<PathBuf>,
+}
+
+/// A test: its name, the files that it cannot do without, each with what provides it, and what it does.
+struct Test {
+    name: &'static str,
+    needs: &'static [(&'static str, &'static str)],
+    run: fn(&Source) -> Result<()>,
+}
+
+/// What every test with a virtual machine needs.
+const VM: &[(&str, &str)] = &[KVM, RECORDER];
+const KVM: (&str, &str) = (
+    "/dev/kvm",
+    "CONFIG_KVM_INTEL or CONFIG_KVM_AMD, and a processor that KVM runs on",
+);
+const RECORDER: (&str, &str) = (
+    "/sys/kernel/debug/mmu_notifier_trace/attach",
+    "mmu_notifier_trace loaded (CONFIG_RUST, insmod)",
+);
+
+/// What no test can do without.
+const ALL: &[(&str, &str)] = &[
+    (
+        "/sys/devices/system/node/node1/cpulist",
+        "two NUMA nodes, and CONFIG_NUMA",
+    ),
+    ("/proc/sys/kernel/numa_balancing", "CONFIG_NUMA_BALANCING"),
+    (
+        "/sys/kernel/debug/sched/numa_balancing",
+        "CONFIG_DEBUG_FS, mounted, and root",
+    ),
+];
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let done = match args.child {
+        true => run(&args),
+        false => run_child(&args),
+    };
+    done.unwrap_or_else(|error| {
+        diagnostic(&format!("{error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+/// The first of `needs` that is not there.
+fn missing(needs: &[(&str, &str)]) -> Option<String> {
+    let gone = needs.iter().find(|(path, _)| !Path::new(path).exists());
+    gone.map(|(path, remedy)| format!("no {path}: needs {remedy}"))
+}
+
+/// Runs the tests in a process that begins with fast scans.
+fn run_child(args: &Args) -> Result<ExitCode> {
+    let settings = match missing(ALL) {
+        None => {
+            // Where the whole machine has to be counted, this process at least adds nothing.
+            balancing::forbid_scans(CPU_NODE)?;
+            Some(Settings::fast()?)
+        }
+        Some(_) => None,
+    };
+    let memcg = Memcg::create(&format!("events.{}", std::process::id()));
+    let mut command = Command::new(std::env::current_exe().context("own program")?);
+    command.args(["--child", "--only", &args.only]);
+    match &memcg {
+        Ok(memcg) => drop(command.arg("--memcg").arg(memcg.path())),
+        Err(error) => diagnostic(&format!("counting the whole machine: {error:#}")),
+    }
+    let status = command.status().context("start the tests' process")?;
+    drop((memcg, settings));
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    if code.is_none() {
+        diagnostic(&format!(
+            "the tests' process did not come to its end: {status}"
+        ));
+    }
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+fn run(args: &Args) -> Result<ExitCode> {
+    let tests = [operations::TESTS, plain::TESTS, device::TESTS];
+    let tests: Vec<&Test> = tests
+        .into_iter()
+        .flatten()
+        .filter(|test| test.name.contains(&args.only))
+        .collect();
+    ensure!(!tests.is_empty(), "no test's name contains {}", args.only);
+    let mut ktap = Ktap::start(tests.len());
+    let missing_for_all = missing(ALL);
+    let mut source = Source::Vmstat;
+    if missing_for_all.is_none() {
+        if let Some(path) = &args.memcg {
+            memcg::join(path)?;
+            source = Source::Memcg(path.clone());
+        }
+        balancing::forbid_scans(CPU_NODE)?;
+        // The vCPUs' processors are left to them.
+        balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
+    }
+    for test in tests {
+        let outcome = match missing_for_all.clone().or_else(|| missing(test.needs)) {
+            Some(reason) => Outcome::Skip(reason),
+            None => match (test.run)(&source) {
+                Ok(()) => Outcome::Ok,
+                Err(error) => Outcome::NotOk(format!("{error:#}")),
+            },
+        };
+        ktap.result(&format!("events.{}", test.name), &outcome);
+    }
+    Ok(ktap.finish())
+}
+
+/// A virtual machine that has mapped all of its memory.
+struct Machine {
+    vm: Vm,
+    memory: Arc<GuestMemory>,
+    /// What each vCPU must have counted in each page.
+    counted: Vec<Vec<u32>>,
+}
+
+impl Machine {
+    /// `bytes` of memory (a multiple of 2 MiB) on node 1, `vcpus` vCPUs on node 0.
+    fn new(backing: Backing, pinned: Pinned, bytes: usize, vcpus: usize) -> Result<Machine> {
+        let memory = Arc::new(GuestMemory::new(backing, pinned, bytes, MEMORY_NODE)?);
+        let cpus = balancing::node_cpus(CPU_NODE)?.into_iter().cycle();
+        let cpus: Vec<usize> = cpus.take(vcpus).collect();
+        let mut machine = Machine {
+            vm: Vm::new(&memory, &cpus)?,
+            counted: vec![vec![0; memory.pages()]; vcpus],
+            memory,
+        };
+        machine.pass(machine.whole())?;
+        let (mapped, pages) = (machine.mapped()?, machine.memory.pages() as u64);
+        ensure!(
+            mapped >= pages,
+            "KVM maps {mapped} of {pages} pages after a pass over all"
+        );
+        Ok(machine)
+    }
+
+    fn whole(&self) -> Sweep {
+        Sweep {
+            first: 0,
+            stride: 1,
+            count: self.memory.pages(),
+        }
+    }
+
+    /// One pass of each vCPU, one after the other.
+    fn pass(&mut self, sweep: Sweep) -> Result<()> {
+        for vcpu in 0..self.vm.vcpus() {
+            self.vm.pass(vcpu, sweep)?;
+            for page in sweep.pages() {
+                self.counted[vcpu][page] += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether memory holds what the guest counted and what was there before.
+    fn verify(&self) -> Result<()> {
+        let contents = self.memory.verify(&self.counted);
+        contents.map_err(anyhow::Error::msg).context("guest memory")
+    }
+
+    /// Base pages that KVM maps, the program's page among them.
+    fn mapped(&self) -> Result<u64> {
+        Ok(self.vm.stat("pages_4k")? + (self.vm.stat("pages_2m")? << 9))
+    }
+}
+
+/// Runs `body` with scans going on, until `scans` of them have ended. Something else has to use CPU time in user mode or
+/// in a guest meanwhile.
+fn under_scans(scans: u64) -> Result<()> {
+    balancing::enable(true)?;
+    let waited = balancing::wait_for_scans(scans, LIMIT);
+    balancing::enable(false)?;
+    waited.map(drop)
+}
