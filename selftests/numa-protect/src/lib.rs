@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Cases of a test program that run in processes of their own: what they tell, and how it is heard; starts and ends
+//! the process it is given.
+
+#![deny(missing_docs)]
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use guest::ktap::{diagnostic, Outcome};
+use serde::{Deserialize, Serialize};
+
+/// A case that says nothing for so long is stopped.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// What a case tells its parent, one JSON object a line.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Message {
+    /// A sign of life, for people.
+    Progress(String),
+    /// The outcome of one of the case's tests.
+    Result {
+        /// Name of the test within the case.
+        test: String,
+        /// What came of it.
+        outcome: Outcome,
+    },
+}
+
+/// Tells the parent. One that went away is no reason to stop in the middle of a measurement.
+pub fn tell(message: &Message) {
+    if let Ok(line) = serde_json::to_string(message) {
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}
+
+/// Runs the case `name` as `command`, prints its signs of life and puts the outcomes of its tests into `outcomes`, also
+/// of a case that does not come to its end.
+pub fn run(
+    name: &str,
+    command: &mut Command,
+    outcomes: &mut HashMap<String, Outcome>,
+) -> Result<()> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start the case's process")?;
+    let stdout = child.stdout.take().context("the case's output")?;
+    let (sender, lines) = channel();
+    let reader = std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    let silent = loop {
+        match lines.recv_timeout(SILENCE) {
+            Ok(line) => match serde_json::from_str(&line) {
+                Ok(Message::Progress(text)) => diagnostic(&text),
+                Ok(Message::Result { test, outcome }) => {
+                    outcomes.insert(test, outcome);
+                }
+                Err(error) => diagnostic(&format!("{name}: {line}: {error}")),
+            },
+            Err(RecvTimeoutError::Disconnected) => break false,
+            Err(RecvTimeoutError::Timeout) => break true,
+        }
+    };
+    if silent {
+        child.kill().context("stop the case's process")?;
+    }
+    let status = child.wait().context("wait for the case's process")?;
+    drop(lines);
+    let _ = reader.join();
+    if silent {
+        bail!("{name} said nothing for {SILENCE:?} and was stopped");
+    }
+    if !status.success() {
+        bail!("{name} did not come to its end: {status}");
+    }
+    Ok(())
+}
