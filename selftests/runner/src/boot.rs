@@ -57,6 +57,12 @@ pub struct Options {
     /// More for the kernel's command line
     #[arg(long, default_value = "")]
     pub append: String,
+    /// Give the guest this folder to read, as the 9p share `root`
+    #[arg(long, value_name = "DIR")]
+    pub share_root: Option<PathBuf>,
+    /// A test that fails makes this a failed run, too: where nothing is going to be compared
+    #[arg(long)]
+    pub strict: bool,
     /// The emulator
     #[arg(long, default_value = "qemu-system-x86_64")]
     pub qemu: PathBuf,
@@ -105,7 +111,7 @@ pub struct Boot {
 }
 
 /// Boots the kernel, leaves the results, and says whether the run as a whole is good (the kernel was quiet and every
-/// program ended by itself; failed tests are for [`crate::compare`] to judge).
+/// program ended by itself; failed tests are for [`crate::compare`] to judge, unless [`Options::strict`]).
 pub fn boot(options: &Options) -> Result<bool> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [
@@ -123,7 +129,7 @@ pub fn boot(options: &Options) -> Result<bool> {
         );
     }
     let accel = accelerator(options, &interrupted)?;
-    let failed = suffixed(&options.results, ".failed");
+    let failed = failed(&options.results);
     let temporary = Temporary::new(suffixed(&options.results, ".tmp"))?;
     remove(&options.results)?;
     remove(&failed)?;
@@ -172,7 +178,35 @@ pub fn boot(options: &Options) -> Result<bool> {
     };
     fs::rename(&temporary.0, place).with_context(|| place.display().to_string())?;
     print_summary(&boot, place, &text);
-    Ok(boot.failure.is_none())
+    let all_held = !options.strict || judge(&boot);
+    Ok(boot.failure.is_none() && all_held)
+}
+
+/// Names what failed and counts, in the words of [`crate::compare`]; whether all that was not skipped held.
+fn judge(boot: &Boot) -> bool {
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    let mut error = |text: String| {
+        failed += 1;
+        eprintln!("error: {}, {text}", boot.name);
+    };
+    for program in &boot.programs {
+        for problem in &program.report.problems {
+            error(format!("{}: {problem}", program.name));
+        }
+        for test in &program.report.tests {
+            match &test.outcome {
+                Outcome::Ok => passed += 1,
+                Outcome::NotOk(why) => error(format!("{}: {why}", test.name)),
+                Outcome::Skip(why) => {
+                    skipped += 1;
+                    println!("skipped: {}: {why}", test.name);
+                }
+            }
+        }
+    }
+    failed += usize::from(boot.failure.is_some());
+    println!("{passed} tests as they should be, {failed} not, {skipped} skipped");
+    failed == 0
 }
 
 fn print_summary(boot: &Boot, place: &Path, text: &str) {
@@ -371,6 +405,15 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
         "-virtfs",
         &format!("local,path={share},mount_tag=results,security_model=none,multidevs=remap"),
     ]);
+    if let Some(root) = &options.share_root {
+        let root = root.display().to_string().replace(',', ",,");
+        command.args([
+            "-virtfs",
+            &format!(
+                "local,path={root},mount_tag=root,readonly=on,security_model=none,multidevs=remap"
+            ),
+        ]);
+    }
     command
         .arg("-kernel")
         .arg(&options.kernel)
@@ -512,6 +555,11 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
+/// Where the results of a failed run are left.
+pub fn failed(results: &Path) -> PathBuf {
+    suffixed(results, ".failed")
+}
+
 fn suffixed(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_os_string();
     name.push(suffix);
@@ -611,6 +659,8 @@ mod tests {
             idle: 1,
             limit: 5,
             append: String::new(),
+            share_root: None,
+            strict: false,
             qemu,
             programs: vec![],
         };
@@ -674,6 +724,20 @@ mod tests {
             let failure = result(&options, ".failed").failure.unwrap();
             assert!(failure.contains(why), "{name}: {failure}");
             assert!(!options.results.exists());
+        }
+    }
+
+    #[test]
+    fn a_strict_run_fails_where_a_test_does() {
+        for (result, exit, good) in [("ok", 0, true), ("not ok", 1, false)] {
+            let script = format!(
+                "r=$(dirname $0)/results.tmp; printf 'KTAP version 1\\n1..1\\n{result} 1 a\\n' >$r/p.ktap
+                 echo exit {exit} >$r/p.status; echo init: run p; echo init: ended p exit {exit}; echo init: done"
+            );
+            let (_place, mut options) = options("strict", &script);
+            assert!(boot(&options).unwrap());
+            options.strict = true;
+            assert_eq!(boot(&options).unwrap(), good, "{result}");
         }
     }
 

@@ -8,4 +8,6 @@ pub mod boot;
 pub mod compare;
 pub mod ktap;
 pub mod marker;
+pub mod mutants;
+pub mod same;
 pub mod splat;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Finds the first kernel report (panic, BUG, WARNING, lockdep, KASAN, stall, ...) in a console log. Text only,
-//! touches nothing.
+//! touches nothing. Whatever scripts/kernel.debug.config switches on is here by the words that its reports begin with.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,8 @@ pub const LINES: usize = 40;
 /// What begins a report, after the time stamp.
 const STARTS: &[&str] = &[
     "BUG",
+    // Lockdep sets some of its titles in brackets.
+    "[ BUG:",
     "WARNING:",
     "KASAN:",
     "UBSAN:",
@@ -48,8 +50,11 @@ const STARTS: &[&str] = &[
     "refcount_t:",
     "list_add corruption",
     "list_del corruption",
+    "ODEBUG:",
     "DEBUG_LOCKS_WARN_ON",
     "turning off the locking correctness validator",
+    // A detector that gave up finds nothing any more.
+    "kmemleak: Kernel memory leak detector disabled",
     "Bad page",
     "Out of memory",
     "invoked oom-killer",
@@ -63,17 +68,39 @@ const PARTS: &[&str] = &[
     "invoked oom-killer",
     "detected stall",
     "new suspected memory leaks",
+    "panicked at",
+    ": bad pgd ",
+    ": bad p4d ",
+    ": bad pud ",
+    ": bad pmd ",
+    ": bad pte ",
+    "Bad swap",
     "segfault at",
     "traps:",
+];
+
+/// How the kernel complains of an allocation that the program fault_injection made fail. Nothing is wrong then, and the
+/// trace that follows is no report.
+const STARVED: &[&str] = &[
+    "fault_injection: vmalloc error: ",
+    "fault_injection: page allocation failure: ",
 ];
 
 /// The first report in `log`.
 pub fn first(log: &str) -> Option<Splat> {
     let lines: Vec<&str> = log.lines().collect();
-    let (index, title) = lines
-        .iter()
-        .enumerate()
-        .find_map(|(index, line)| Some((index, begins(line)?)))?;
+    let mut starved = false;
+    let (index, title) = lines.iter().enumerate().find_map(|(index, line)| {
+        let text = message(line)?;
+        if STARVED.iter().any(|start| text.starts_with(start)) {
+            starved = true;
+        } else if starved && text.starts_with("Call Trace:") {
+            starved = false;
+        } else if is_report(text) {
+            return Some((index, text));
+        }
+        None
+    })?;
     let mut text = Vec::new();
     for line in lines[index..].iter().take(LINES) {
         text.push(line.trim_end().to_string());
@@ -88,12 +115,11 @@ pub fn first(log: &str) -> Option<Splat> {
     })
 }
 
-/// The message, if `line` begins a report.
-fn begins(line: &str) -> Option<&str> {
-    let message = message(line)?;
+/// Whether `message` begins a report.
+fn is_report(message: &str) -> bool {
     let start = STARTS.iter().any(|start| message.starts_with(start));
     let part = PARTS.iter().any(|part| message.contains(part));
-    (start || part).then_some(message)
+    start || part
 }
 
 /// The kernel's message in a console line: what follows `[   12.345678]` and an optional caller `[    T1]`.
@@ -150,6 +176,28 @@ mod tests {
             "WARNING: CPU: 1 PID: 77 at virt/kvm/kvm_main.c:795 kvm_mmu_invalidate_end+0x1/0x2",
             "WARNING: possible circular locking dependency detected",
             "WARNING: suspicious RCU usage",
+            "WARNING: possible recursive locking detected",
+            "WARNING: inconsistent lock state",
+            "WARNING: bad unlock balance detected!",
+            "WARNING: held lock freed!",
+            "WARNING: at virt/kvm/kvm_main.c:795 kvm_mmu_invalidate_end+0x1/0x2, CPU#1: numa/77",
+            "[ BUG: Invalid wait context ]",
+            "BUG: MAX_LOCKDEP_CHAINS too low!",
+            "BUG: workqueue leaked atomic, lock or RCU: kworker/0:1[7]",
+            "BUG: using smp_processor_id() in preemptible [00000000] code: numa/77",
+            "BUG: KASAN: stack-out-of-bounds in change_pud_range+0x1/0x2",
+            "BUG: KASAN: vmalloc-out-of-bounds in mmu_notifier_trace+0x1/0x2",
+            "BUG: Bad page map in process numa  pte:8000000000000000 pmd:1",
+            "BUG: Bad rss-counter state mm:0000000000000000 type:MM_ANONPAGES val:1",
+            "BUG: non-zero pgtables_bytes on freeing mm: 4096",
+            "BUG kmalloc-2k (Not tainted): Poison overwritten",
+            "kernel BUG at mm/page_table_check.c:77!",
+            "mm/pgtable-generic.c:50: bad pmd 0000000000000000(8000000000000000)",
+            "_swap_info_get: Bad swap file entry 3ffffffffffff",
+            "list_add corruption. prev->next should be next (0), but was 1. (prev=2).",
+            "list_del corruption. prev->next should be 0, but was 1. (prev=2)",
+            "ODEBUG: free active (active state 0) object: 0 object type: timer_list",
+            "rust_kernel: panicked at rust/ring.rs:1:2:",
             "Oops: 0002 [#1] PREEMPT SMP",
             "kernel BUG at mm/mprotect.c:99!",
             "general protection fault, probably for non-canonical address",
@@ -157,10 +205,13 @@ mod tests {
             "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
             "watchdog: BUG: soft lockup - CPU#0 stuck for 22s!",
             "UBSAN: array-index-out-of-bounds in x.c:1:2",
+            "UBSAN: shift-out-of-bounds in mm/mmu_notifier.c:1:2",
+            "UBSAN: invalid-load in virt/kvm/kvm_main.c:1:2",
             "refcount_t: underflow; use-after-free.",
             "numa_protect[77]: segfault at 0 ip 0 sp 0 error 4",
             "numa_protect invoked oom-killer: gfp_mask=0x0",
             "kmemleak: 3 new suspected memory leaks",
+            "kmemleak: Kernel memory leak detector disabled",
         ] {
             for stamp in [
                 "[   12.345678]",
@@ -181,6 +232,21 @@ mod tests {
         let splat = first(log).unwrap();
         assert_eq!(splat.title, "WARNING: one");
         assert_eq!(splat.text.len(), 3);
+    }
+
+    #[test]
+    fn an_allocation_that_was_made_to_fail_is_no_report() {
+        let trace =
+            "[    1.0] CPU: 1 PID: 7\n[    1.0] Call Trace:\n[    1.0]  warn_alloc+0x1/0x2\n";
+        let failed = |comm: &str| {
+            format!("[    1.0] {comm}: vmalloc error: size 1, mode:0xcc0(GFP_KERNEL)\n{trace}")
+        };
+        assert_eq!(first(&failed("fault_injection")), None);
+        assert_eq!(first(&failed("numa_protect")).unwrap().line, 3);
+        let next = failed("fault_injection") + trace;
+        assert_eq!(first(&next).unwrap().line, 6);
+        let next = failed("fault_injection") + "[    1.1] WARNING: x\n";
+        assert_eq!(first(&next).unwrap().title, "WARNING: x");
     }
 
     #[test]

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The host's command: boots a kernel with the tests, compares two. Writes where its arguments say.
+//! The host's command: boots a kernel with the tests, compares two, tries mutants. Writes where its arguments say.
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use runner::{boot, compare};
+use runner::{boot, compare, mutants, same};
 
 #[derive(Parser)]
 #[command(about = "Boots kernels with the tests and compares them")]
@@ -19,12 +19,18 @@ enum Subcommands {
     Boot(boot::Options),
     /// Hold the patched kernel's results against the unpatched one's, print the table
     Compare(compare::Options),
+    /// Hold the kernel's own tests on two kernels against each other
+    Same(same::Options),
+    /// Boot a kernel with one rule broken at a time and see whether the tests notice
+    Mutants(mutants::Options),
 }
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Subcommands::Boot(options) => boot::boot(&options),
         Subcommands::Compare(options) => compare::compare(&options),
+        Subcommands::Same(options) => same::same(&options),
+        Subcommands::Mutants(options) => mutants::mutants(&options),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Runs one of the kernel's own test collections in the test guest, with the tools of the 9p share `root`, the host's
+//! toolchain root. May mount file systems below /root; run by /init as root, in a guest that is thrown away.
+//!
+//! Arguments: the folder of `make kselftest-install`, as the share sees it; the script to run there; its arguments.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+use clap::Parser;
+
+/// Where the share goes.
+const ROOT: &str = "/root";
+
+/// Runs a collection of the kernel's own tests.
+#[derive(Parser)]
+struct Args {
+    /// Given by /init, not used: all output is on standard output.
+    #[arg(long, default_value = ".")]
+    results: PathBuf,
+    /// Folder of `make kselftest-install`, in the share.
+    install: PathBuf,
+    /// Script in that folder.
+    script: PathBuf,
+    /// Its arguments.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    mount(
+        "root",
+        ROOT,
+        "9p",
+        "ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose",
+    )?;
+    for (kind, at) in [
+        ("tmpfs", "tmp"),
+        ("tmpfs", "run"),
+        ("proc", "proc"),
+        ("sysfs", "sys"),
+        ("devtmpfs", "dev"),
+        ("debugfs", "sys/kernel/debug"),
+        ("tracefs", "sys/kernel/tracing"),
+        ("cgroup2", "sys/fs/cgroup"),
+    ] {
+        mount(kind, &format!("{ROOT}/{at}"), kind, "")?;
+    }
+    fs::create_dir_all(Path::new(ROOT).join("dev/shm")).context("dev/shm")?;
+    mount("tmpfs", &format!("{ROOT}/dev/shm"), "tmpfs", "")?;
+    // What is installed is read-only there, and some tests write beside themselves.
+    let from = Path::new(ROOT).join(args.install.strip_prefix("/").unwrap_or(&args.install));
+    if !from.join(&args.script).exists() {
+        bail!(
+            "{}: not there: make test-kselftest installs it",
+            from.join(&args.script).display()
+        );
+    }
+    println!("KTAP version 1");
+    // SAFETY: chroot() has no preconditions on memory; the string is static.
+    if unsafe { libc::chroot(c"/root".as_ptr()) } != 0 {
+        return Err(io::Error::last_os_error()).context("chroot");
+    }
+    let error = Command::new(Path::new("./").join(&args.script))
+        .args(&args.arguments)
+        .current_dir(&args.install)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("HOME", "/tmp")
+        .exec();
+    Err(error).with_context(|| args.script.display().to_string())
+}
+
+fn mount(source: &str, target: &str, kind: &str, options: &str) -> Result<()> {
+    // Below the share only what is there can be mounted on.
+    let _ = fs::create_dir_all(target);
+    let c = |text: &str| CString::new(text);
+    let (source, at, kind_c, options) = (c(source)?, c(target)?, c(kind)?, c(options)?);
+    // SAFETY: all strings are valid for the call; the kernel copies them.
+    let status = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            at.as_ptr(),
+            kind_c.as_ptr(),
+            0,
+            options.as_ptr().cast(),
+        )
+    };
+    if status != 0 {
+        return Err(io::Error::last_os_error())
+            .with_context(|| format!("mounting {kind} at {target}"));
+    }
+    Ok(())
+}
