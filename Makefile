@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
 
 LLVM ?= 1
-export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
+export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
@@ -26,6 +26,25 @@ run: boot ## The main job: both kernels, the guest workload on each, one table, 
 
 test: ## Every test: the Rust workspace, checkpatch, bad input, both kernels
 	@scripts/test
+
+test-debug: selftests ## Every test program on a debug build of the patched kernel; what it finds is a failure
+	@scripts/patches apply
+	@scripts/kernel-build debug
+	@scripts/module debug
+	@scripts/boot debug $(TESTS)
+
+test-mutants: selftests ## Kernels with one rule broken at a time (MUTANTS="NAME ...": only these): the tests have to notice
+	@scripts/mutants $(MUTANTS)
+
+test-matrix: modules selftests ## Both kernels again, without nested paging, and preempted anywhere
+	@scripts/matrix $(TESTS)
+
+test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (hours; TESTS="kvm:NAME ...": only these)
+	@scripts/kselftest $(TESTS)
+
+test-arches: ## What the series touches, compiled for other architectures and with options off
+	@scripts/kernel-tree unpatched
+	@scripts/arches
 
 kernels: ## The unpatched and the patched kernel
 	@scripts/kernel-tree unpatched
@@ -66,4 +85,4 @@ clean: ## Remove what was built; kernel trees with changes of your own are kept
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test kernels modules selftests boot patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot patches-apply patches-export checkpatch clean distclean
