@@ -57,8 +57,8 @@ pub fn tests(kinds: &[Kind]) -> Vec<&'static str> {
     tests
 }
 
-/// Judges every test of a case. `reporting`: whether the kernel has `numa_protect`.
-pub fn judge(measured: &Measured, reporting: bool) -> Vec<(&'static str, Outcome)> {
+/// Judges every test of a case.
+pub fn judge(measured: &Measured) -> Vec<(&'static str, Outcome)> {
     let one = |test| {
         let judged = match test {
             "disturbed" => outcome(disturbed(measured)),
@@ -75,7 +75,6 @@ pub fn judge(measured: &Measured, reporting: bool) -> Vec<(&'static str, Outcome
                 )),
             }),
             "trace.balanced" => recorded(measured, |recording| balanced(&recording.full)),
-            "trace.reports" if !reporting => Outcome::Skip("kernel without numa_protect".into()),
             "trace.reports" => recorded(measured, |recording| reports(&recording.full.0)),
             "trace.plain" => recorded(measured, plain),
             _ => Outcome::NotOk("no such test".into()),
@@ -251,7 +250,7 @@ mod tests {
     }
 
     fn failing(measured: &Measured) -> Vec<&'static str> {
-        let judged = judge(measured, true).into_iter();
+        let judged = judge(measured).into_iter();
         let failed = judged.filter(|(_, outcome)| *outcome != Outcome::Ok);
         failed.map(|(test, _)| test).collect()
     }
@@ -351,17 +350,17 @@ mod tests {
     #[test]
     fn what_cannot_be_seen_is_skipped() {
         let mut measured = sound(&[Kind::Migrate]);
-        let skipped = |measured: &Measured, reporting| {
-            let judged = judge(measured, reporting).into_iter();
+        let skipped = |measured: &Measured| {
+            let judged = judge(measured).into_iter();
             judged
                 .filter(|(_, outcome)| matches!(outcome, Outcome::Skip(_)))
                 .map(|(test, _)| test)
                 .collect::<Vec<_>>()
         };
-        assert_eq!(skipped(&measured, false), ["trace.reports"]);
+        assert!(skipped(&measured).is_empty());
         measured.recording = None;
         assert_eq!(
-            skipped(&measured, true),
+            skipped(&measured),
             ["trace.balanced", "trace.reports", "trace.plain"]
         );
     }

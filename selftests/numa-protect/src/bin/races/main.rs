@@ -15,7 +15,6 @@ mod operation;
 mod userfault;
 
 use std::collections::HashMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -376,17 +375,9 @@ fn run_child(name: &str, args: &Args) -> Result<()> {
             .map_or(0, |one| one.full.0.records.len()),
         seen.join(", ")
     )));
-    for (test, outcome) in check::judge(&measured, kernel_reports()?) {
+    for (test, outcome) in check::judge(&measured) {
         let test = test.into();
         tell(&Message::Result { test, outcome });
     }
     Ok(())
-}
-
-/// Whether the kernel has `numa_protect`.
-fn kernel_reports() -> Result<bool> {
-    let path = "/proc/kallsyms";
-    let symbols = fs::read_to_string(path).with_context(|| format!("{path}: CONFIG_KALLSYMS"))?;
-    let name = "mmu_notifier_numa_protect";
-    Ok(symbols.lines().any(|line| line.ends_with(name)))
 }
