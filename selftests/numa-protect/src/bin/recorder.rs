@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -61,6 +61,7 @@ const TESTS: &[(&str, Test)] = &[
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.wait {
+        println!();
         let _ = io::copy(&mut io::stdin(), &mut io::sink());
         return ExitCode::SUCCESS;
     }
@@ -155,7 +156,12 @@ fn bad_input(file: &str) -> Result<()> {
 /// A process that lives until it is given an end of its input.
 fn child() -> Result<Child> {
     let mut command = Command::new(std::env::current_exe()?);
-    Ok(command.arg("--wait").stdin(Stdio::piped()).spawn()?)
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.arg("--wait").spawn()?;
+    // Until its program runs, its address space can still be this process's.
+    let stdout = child.stdout.as_mut().context("the child's output")?;
+    stdout.read_exact(&mut [0])?;
+    Ok(child)
 }
 
 fn end(mut child: Child) -> Result<()> {
