@@ -8,6 +8,7 @@ pub mod boot;
 pub mod compare;
 pub mod ktap;
 pub mod marker;
+pub mod mount;
 pub mod mutants;
 pub mod same;
 pub mod splat;

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use runner::marker::{Marker, Status};
+use runner::mount::mount;
 
 const MODULE: &str = "mmu_notifier_trace";
 /// Where a kernel with CONFIG_DEBUG_KMEMLEAK says which of its memory nothing refers to any more.
@@ -114,27 +115,6 @@ fn run_program<'a>(
 fn say(marker: &Marker) {
     // Begin a line of its own whatever a program left there. Nobody is left to hear of an error here.
     let _ = write!(io::stdout(), "\n{marker}\n").and_then(|()| io::stdout().flush());
-}
-
-fn mount(source: &str, target: &str, kind: &str, options: &str) -> Result<()> {
-    fs::create_dir_all(target).with_context(|| target.to_string())?;
-    let c = |text: &str| CString::new(text);
-    let (source, target_c, kind_c, options) = (c(source)?, c(target)?, c(kind)?, c(options)?);
-    // SAFETY: all five are valid for the call; the kernel copies them.
-    let status = unsafe {
-        libc::mount(
-            source.as_ptr(),
-            target_c.as_ptr(),
-            kind_c.as_ptr(),
-            0,
-            options.as_ptr().cast(),
-        )
-    };
-    if status != 0 {
-        return Err(io::Error::last_os_error())
-            .with_context(|| format!("mounting {kind} at {target}"));
-    }
-    Ok(())
 }
 
 /// Whether there was a module to load.

@@ -4,7 +4,6 @@
 //!
 //! Arguments: the folder of `make kselftest-install`, as the share sees it; the script to run there; its arguments.
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -13,6 +12,7 @@ use std::process::Command;
 
 use anyhow::{bail, Context, Result};
 use clap::Parser;
+use runner::mount::mount;
 
 /// Where the share goes.
 const ROOT: &str = "/root";
@@ -54,7 +54,6 @@ fn main() -> Result<()> {
     }
     fs::create_dir_all(Path::new(ROOT).join("dev/shm")).context("dev/shm")?;
     mount("tmpfs", &format!("{ROOT}/dev/shm"), "tmpfs", "")?;
-    // What is installed is read-only there, and some tests write beside themselves.
     let from = Path::new(ROOT).join(args.install.strip_prefix("/").unwrap_or(&args.install));
     if !from.join(&args.script).exists() {
         bail!(
@@ -75,26 +74,4 @@ fn main() -> Result<()> {
         .env("HOME", "/tmp")
         .exec();
     Err(error).with_context(|| args.script.display().to_string())
-}
-
-fn mount(source: &str, target: &str, kind: &str, options: &str) -> Result<()> {
-    // Below the share only what is there can be mounted on.
-    let _ = fs::create_dir_all(target);
-    let c = |text: &str| CString::new(text);
-    let (source, at, kind_c, options) = (c(source)?, c(target)?, c(kind)?, c(options)?);
-    // SAFETY: all strings are valid for the call; the kernel copies them.
-    let status = unsafe {
-        libc::mount(
-            source.as_ptr(),
-            at.as_ptr(),
-            kind_c.as_ptr(),
-            0,
-            options.as_ptr().cast(),
-        )
-    };
-    if status != 0 {
-        return Err(io::Error::last_os_error())
-            .with_context(|| format!("mounting {kind} at {target}"));
-    }
-    Ok(())
 }
