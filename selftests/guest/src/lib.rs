@@ -11,6 +11,7 @@
 //! - [`memcg`]: what the memory cgroup counted of it.
 //! - [`ksm`]: merging of equal pages.
 //! - [`tracefs`]: how often a tracepoint fired.
+//! - [`needs`]: what the machine must have for all that.
 //! - [`ktap`]: how results are printed.
 
 #![deny(missing_docs)]
@@ -20,6 +21,7 @@ pub mod ksm;
 pub mod ktap;
 pub mod memcg;
 pub mod memory;
+pub mod needs;
 pub mod stats;
 pub mod tracefs;
 pub mod vm;

@@ -12,15 +12,16 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use guest::ktap::{diagnostic, Outcome};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// A case that says nothing for so long is stopped.
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// What a case tells its parent, one JSON object a line.
+/// What a case tells its parent, one JSON object a line. `F` is what it measured, where its parent wants to know.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Message {
+pub enum Message<F = ()> {
     /// A sign of life, for people.
     Progress(String),
     /// The outcome of one of the case's tests.
@@ -30,23 +31,36 @@ pub enum Message {
         /// What came of it.
         outcome: Outcome,
     },
+    /// All that was measured.
+    Figures(Box<F>),
 }
 
 /// Tells the parent. One that went away is no reason to stop in the middle of a measurement.
-pub fn tell(message: &Message) {
+pub fn tell<F: Serialize>(message: &Message<F>) {
     if let Ok(line) = serde_json::to_string(message) {
         let mut out = std::io::stdout().lock();
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 }
 
-/// Runs the case `name` as `command`, prints its signs of life and puts the outcomes of its tests into `outcomes`, also
-/// of a case that does not come to its end.
-pub fn run(
+/// A sign of life.
+pub fn progress(text: String) {
+    tell(&Message::<()>::Progress(text));
+}
+
+/// The outcome of the test `test`.
+pub fn outcome(test: &str, outcome: Outcome) {
+    let test = test.into();
+    tell(&Message::<()>::Result { test, outcome });
+}
+
+/// Runs the case `name` as `command`, prints its signs of life, puts the outcomes of its tests into `outcomes`, also of a
+/// case that does not come to its end, and gives its figures.
+pub fn run<F: DeserializeOwned>(
     name: &str,
     command: &mut Command,
     outcomes: &mut HashMap<String, Outcome>,
-) -> Result<()> {
+) -> Result<Option<F>> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
@@ -60,6 +74,7 @@ pub fn run(
             }
         }
     });
+    let mut figures = None;
     let silent = loop {
         match lines.recv_timeout(SILENCE) {
             Ok(line) => match serde_json::from_str(&line) {
@@ -67,6 +82,7 @@ pub fn run(
                 Ok(Message::Result { test, outcome }) => {
                     outcomes.insert(test, outcome);
                 }
+                Ok(Message::Figures(one)) => figures = Some(*one),
                 Err(error) => diagnostic(&format!("{name}: {line}: {error}")),
             },
             Err(RecvTimeoutError::Disconnected) => break false,
@@ -85,5 +101,5 @@ pub fn run(
     if !status.success() {
         bail!("{name} did not come to its end: {status}");
     }
-    Ok(())
+    Ok(figures)
 }

@@ -28,6 +28,7 @@ use guest::balancing::{self, Settings};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::{self, Memcg, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
+use guest::needs::{self, Need};
 use guest::vm::{Sweep, Vm};
 use guest::PAGE;
 use trace::client::{self, Client};
@@ -54,6 +55,27 @@ const MOST: u32 = 5000;
 const LEAKS: &str = "/sys/kernel/debug/kmemleak";
 /// Younger memory is never called leaked.
 const LEAK_AGE: Duration = Duration::from_secs(6);
+
+/// What the tests cannot do without.
+const ALL: &[Need] = &[
+    Need {
+        path: FailNth::OWN,
+        remedy: "CONFIG_FAULT_INJECTION",
+    },
+    Need {
+        path: "/sys/kernel/debug/failslab",
+        remedy: "CONFIG_FAILSLAB",
+    },
+    Need {
+        path: "/sys/kernel/debug/fail_page_alloc",
+        remedy: "CONFIG_FAIL_PAGE_ALLOC",
+    },
+    needs::KVM,
+    needs::TWO_NODES,
+    needs::NUMA_BALANCING,
+    needs::IO_URING,
+    needs::RECORDER,
+];
 
 /// What the recorder, a VM and a NUMA scan do when memory runs short.
 #[derive(Parser)]
@@ -100,7 +122,7 @@ fn main() -> ExitCode {
 
 /// Runs the tests in a process of its own, which takes over the scan settings, and in a memory cgroup of its own.
 fn prepare(args: &Args) -> Result<ExitCode> {
-    if let Some(reason) = missing() {
+    if let Some(reason) = needs::missing(ALL) {
         let mut ktap = Ktap::start(names().count());
         for name in names() {
             let reason = Outcome::Skip(reason.clone());
@@ -123,32 +145,6 @@ fn names() -> impl Iterator<Item = &'static str> {
     let others = TESTS.iter().map(|(name, _)| *name);
     let scans = SCAN_TESTS.iter().map(|(name, _)| *name);
     others.chain(scans).chain([NOTHING_LEAKED])
-}
-
-/// What the tests cannot do without.
-fn missing() -> Option<String> {
-    let found = [
-        (FailNth::OWN, "CONFIG_FAULT_INJECTION"),
-        ("/sys/kernel/debug/failslab", "CONFIG_FAILSLAB"),
-        (
-            "/sys/kernel/debug/fail_page_alloc",
-            "CONFIG_FAIL_PAGE_ALLOC",
-        ),
-        ("/dev/kvm", "CONFIG_KVM_INTEL or CONFIG_KVM_AMD"),
-        (
-            "/sys/devices/system/node/node1/cpulist",
-            "two NUMA nodes, and CONFIG_NUMA",
-        ),
-        ("/proc/sys/kernel/numa_balancing", "CONFIG_NUMA_BALANCING"),
-        ("/proc/sys/kernel/io_uring_disabled", "CONFIG_IO_URING"),
-    ]
-    .into_iter()
-    .find(|(path, _)| !Path::new(path).exists())
-    .map(|(path, remedy)| format!("no {path}: needs {remedy}"));
-    match client::is_loaded() {
-        false => found.or(Some("mmu_notifier_trace not loaded (CONFIG_RUST)".into())),
-        true => found,
-    }
 }
 
 fn run(args: &Args, memcg: &Path) -> Result<ExitCode> {

@@ -11,42 +11,28 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{bail, ensure, Context, Result};
 use guest::memcg::Source;
 use guest::memory::HUGE_PAGE;
+use guest::needs::{self, Need};
 use guest::{balancing, PAGE};
 
 use crate::{under_scans, Test, CPU_NODE};
 
 const DEVICE: &str = "/dev/hmm_dmirror0";
-const MIRROR: (&str, &str) = (DEVICE, "CONFIG_TEST_HMM");
-const NEEDS: &[(&str, &str)] = &[MIRROR];
-const NEEDS_HUGE: &[(&str, &str)] = &[
-    MIRROR,
-    (
-        "/sys/kernel/mm/transparent_hugepage",
-        "CONFIG_TRANSPARENT_HUGEPAGE",
-    ),
-];
+const MIRROR: Need = Need {
+    path: DEVICE,
+    remedy: "CONFIG_TEST_HMM",
+};
 
 /// The tests of this group.
 pub const TESTS: &[Test] = &[
     Test {
-        name: "device_private.stays_writable",
-        needs: NEEDS,
-        run: |source| stays_writable(source, &BASE),
+        name: "device_private.left_alone",
+        needs: &[MIRROR],
+        run: |source| left_alone(source, &BASE),
     },
     Test {
-        name: "device_private.not_hinted",
-        needs: NEEDS,
-        run: |source| not_hinted(source, &BASE),
-    },
-    Test {
-        name: "device_private.huge_stays_writable",
-        needs: NEEDS_HUGE,
-        run: |source| stays_writable(source, &HUGE),
-    },
-    Test {
-        name: "device_private.huge_not_hinted",
-        needs: NEEDS_HUGE,
-        run: |source| not_hinted(source, &HUGE),
+        name: "device_private.huge_left_alone",
+        needs: &[MIRROR, needs::THP],
+        run: |source| left_alone(source, &HUGE),
     },
 ];
 
@@ -210,16 +196,9 @@ impl Mirror {
     }
 }
 
-/// What scans did.
-struct Scanned {
-    /// How the pages on the device are mapped.
-    mapped: Vec<u8>,
-    /// Pages hinted.
-    hinted: u64,
-}
-
-/// Puts pages of `layout` on the device, lets scans run over all, and takes the pages back.
-fn scanned(source: &Source, layout: &Layout) -> Result<Scanned> {
+/// Puts pages of `layout` on the device and lets scans run over all: they hint those that stayed and nothing else, and the
+/// device may write as before. Then takes the pages back.
+fn left_alone(source: &Source, layout: &Layout) -> Result<()> {
     let mapping = Mapping::new(layout)?;
     let mirror = Mirror::open()?;
     let (addr, pages) = (mapping.address(), layout.to_device);
@@ -229,14 +208,19 @@ fn scanned(source: &Source, layout: &Layout) -> Result<Scanned> {
     let before = source.read()?;
     while_spinning(|| under_scans(SCANS))?;
     let hinted = source.read()?.pte_updates - before.pte_updates;
-    let mapped = mirror.snapshot(addr, pages)?;
+    only_writable(&mirror.snapshot(addr, pages)?)?;
+    let stay = layout.stay as u64;
+    ensure!(
+        hinted == stay,
+        "{hinted} pages hinted, and {stay} were there to be hinted"
+    );
 
     for page in 0..mapping.pages {
         // SAFETY: inside the mapping and aligned. A page that is on the device comes back.
         let word = unsafe { mapping.word(page).read_volatile() };
         ensure!(word == page as u64 + 1, "page {page} came back with {word}");
     }
-    Ok(Scanned { mapped, hinted })
+    Ok(())
 }
 
 /// Uses CPU time in user mode while `body` runs.
@@ -268,20 +252,6 @@ fn only_writable(mapped: &[u8]) -> Result<()> {
             bail!("{count} of {} pages are not on the device and writable, the first is page {page} ({how:#04x})", mapped.len())
         }
     }
-}
-
-fn stays_writable(source: &Source, layout: &Layout) -> Result<()> {
-    only_writable(&scanned(source, layout)?.mapped)
-}
-
-/// What is counted as hinted is what stayed, and nothing on the device.
-fn not_hinted(source: &Source, layout: &Layout) -> Result<()> {
-    let (hinted, stay) = (scanned(source, layout)?.hinted, layout.stay as u64);
-    ensure!(
-        hinted == stay,
-        "{hinted} pages hinted, and {stay} were there to be hinted"
-    );
-    Ok(())
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ mod device;
 mod operations;
 mod plain;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +25,7 @@ use guest::balancing::{self, Settings};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::{self, Memcg, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
+use guest::needs::{self, Need};
 use guest::vm::{Sweep, Vm};
 
 /// The node of the vCPUs.
@@ -52,35 +53,21 @@ struct Args {
     memcg: Option<PathBuf>,
 }
 
-/// A test: its name, the files that it cannot do without, each with what provides it, and what it does.
+/// A test: its name, what it cannot do without, and what it does.
 struct Test {
     name: &'static str,
-    needs: &'static [(&'static str, &'static str)],
+    needs: &'static [Need],
     run: fn(&Source) -> Result<()>,
 }
 
 /// What every test with a virtual machine needs.
-const VM: &[(&str, &str)] = &[KVM, RECORDER];
-const KVM: (&str, &str) = (
-    "/dev/kvm",
-    "CONFIG_KVM_INTEL or CONFIG_KVM_AMD, and a processor that KVM runs on",
-);
-const RECORDER: (&str, &str) = (
-    "/sys/kernel/debug/mmu_notifier_trace/attach",
-    "mmu_notifier_trace loaded (CONFIG_RUST, insmod)",
-);
+const VM: &[Need] = &[needs::KVM, needs::RECORDER];
 
 /// What no test can do without.
-const ALL: &[(&str, &str)] = &[
-    (
-        "/sys/devices/system/node/node1/cpulist",
-        "two NUMA nodes, and CONFIG_NUMA",
-    ),
-    ("/proc/sys/kernel/numa_balancing", "CONFIG_NUMA_BALANCING"),
-    (
-        "/sys/kernel/debug/sched/numa_balancing",
-        "CONFIG_DEBUG_FS, mounted, and root",
-    ),
+const ALL: &[Need] = &[
+    needs::TWO_NODES,
+    needs::NUMA_BALANCING,
+    needs::SCAN_SETTINGS,
 ];
 
 fn main() -> ExitCode {
@@ -95,15 +82,9 @@ fn main() -> ExitCode {
     })
 }
 
-/// The first of `needs` that is not there.
-fn missing(needs: &[(&str, &str)]) -> Option<String> {
-    let gone = needs.iter().find(|(path, _)| !Path::new(path).exists());
-    gone.map(|(path, remedy)| format!("no {path}: needs {remedy}"))
-}
-
 /// Runs the tests in a process that begins with fast scans.
 fn run_child(args: &Args) -> Result<ExitCode> {
-    let settings = match missing(ALL) {
+    let settings = match needs::missing(ALL) {
         None => {
             // Where the whole machine has to be counted, this process at least adds nothing.
             balancing::forbid_scans(CPU_NODE)?;
@@ -138,7 +119,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         .collect();
     ensure!(!tests.is_empty(), "no test's name contains {}", args.only);
     let mut ktap = Ktap::start(tests.len());
-    let missing_for_all = missing(ALL);
+    let missing_for_all = needs::missing(ALL);
     let mut source = Source::Vmstat;
     if missing_for_all.is_none() {
         if let Some(path) = &args.memcg {
@@ -150,7 +131,10 @@ fn run(args: &Args) -> Result<ExitCode> {
         balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
     }
     for test in tests {
-        let outcome = match missing_for_all.clone().or_else(|| missing(test.needs)) {
+        let outcome = match missing_for_all
+            .clone()
+            .or_else(|| needs::missing(test.needs))
+        {
             Some(reason) => Outcome::Skip(reason),
             None => match (test.run)(&source) {
                 Ok(()) => Outcome::Ok,

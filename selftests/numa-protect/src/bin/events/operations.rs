@@ -10,6 +10,7 @@ use std::ptr;
 use anyhow::{bail, ensure, Context, Result};
 use guest::memcg::Source;
 use guest::memory::{Backing, Pinned, HUGE_PAGE};
+use guest::needs::{self, Need};
 use guest::vm::Sweep;
 use guest::{ksm, PAGE};
 use trace::check;
@@ -17,17 +18,12 @@ use trace::client::Client;
 use trace::record::{event, flag, kind, Record};
 use trace::sequence::Sequence;
 
-use crate::{Machine, Test, KVM, LIMIT, RECORDER, RECORDS, VM};
+use crate::{Machine, Test, LIMIT, RECORDS, VM};
 
-const KSM: (&str, &str) = ("/sys/kernel/mm/ksm/run", "CONFIG_KSM");
-const THP: (&str, &str) = (
-    "/sys/kernel/mm/transparent_hugepage",
-    "CONFIG_TRANSPARENT_HUGEPAGE",
-);
-const USERFAULTFD: (&str, &str) = (
-    "/proc/sys/vm/unprivileged_userfaultfd",
-    "CONFIG_USERFAULTFD",
-);
+const USERFAULTFD: Need = Need {
+    path: "/proc/sys/vm/unprivileged_userfaultfd",
+    remedy: "CONFIG_USERFAULTFD",
+};
 
 /// The tests of this group.
 pub const TESTS: &[Test] = &[
@@ -41,23 +37,27 @@ pub const TESTS: &[Test] = &[
     test("fork", VM, fork),
     test(
         "ksm_merge_and_unmerge",
-        &[KVM, RECORDER, KSM],
+        &[needs::KVM, needs::RECORDER, needs::KSM],
         ksm_merge_and_unmerge,
     ),
     test(
         "userfaultfd_write_protect",
-        &[KVM, RECORDER, USERFAULTFD],
+        &[needs::KVM, needs::RECORDER, USERFAULTFD],
         userfaultfd_write_protect,
     ),
-    test("thp_collapse", &[KVM, RECORDER, THP], thp_collapse),
-    test("thp_split", &[KVM, RECORDER, THP], thp_split),
+    test(
+        "thp_collapse",
+        &[needs::KVM, needs::RECORDER, needs::THP],
+        thp_collapse,
+    ),
+    test(
+        "thp_split",
+        &[needs::KVM, needs::RECORDER, needs::THP],
+        thp_split,
+    ),
 ];
 
-const fn test(
-    name: &'static str,
-    needs: &'static [(&'static str, &'static str)],
-    run: fn(&Source) -> Result<()>,
-) -> Test {
+const fn test(name: &'static str, needs: &'static [Need], run: fn(&Source) -> Result<()>) -> Test {
     Test { name, needs, run }
 }
 

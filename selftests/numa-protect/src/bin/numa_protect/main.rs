@@ -10,24 +10,29 @@ mod case;
 mod check;
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
+use child::Message;
 use clap::Parser;
 use guest::balancing::{self, Settings};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Memcg;
 use guest::memory::{Backing, Pinned};
-use serde::{Deserialize, Serialize};
+use guest::needs::{self, Need};
+use serde::Serialize;
 
 use case::{Case, Figures, Layout};
 
-/// A case that says nothing for so long is stopped.
-const SILENCE: Duration = Duration::from_secs(60);
+/// What no case can do without.
+const ALL: &[Need] = &[
+    needs::KVM,
+    needs::TWO_NODES,
+    needs::NUMA_BALANCING,
+    needs::SCAN_SETTINGS,
+];
 
 /// What a NUMA scan does to a VM.
 #[derive(Parser)]
@@ -54,18 +59,6 @@ struct Args {
     memcg: Option<PathBuf>,
 }
 
-/// What a case tells its parent, one JSON object a line.
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Message {
-    /// A sign of life.
-    Progress(String),
-    /// The outcome of one of the case's tests.
-    Result { test: String, outcome: Outcome },
-    /// All that was measured.
-    Figures(Box<Figures>),
-}
-
 /// `numa_protect.json`.
 #[derive(Serialize)]
 struct Output {
@@ -85,7 +78,7 @@ fn main() -> ExitCode {
         return match run_child(name, &args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                tell(&Message::Progress(format!("{name}: {error:#}")));
+                child::progress(format!("{name}: {error:#}"));
                 ExitCode::FAILURE
             }
         };
@@ -139,7 +132,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     }
     let mut ktap = Ktap::start(cases.iter().map(|case| check::tests(*case).len()).sum());
     let recorder = trace::client::is_loaded();
-    let settings = match missing() {
+    let settings = match needs::missing(ALL) {
         None => {
             // Where the whole machine has to be counted, this process at least adds nothing.
             balancing::forbid_scans(case::CPU_NODE)?;
@@ -151,7 +144,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     for case in cases {
         let name = case.name();
         let mut outcomes = HashMap::new();
-        let rest = match missing().or_else(|| missing_for(case)) {
+        let rest = match needs::missing(ALL).or_else(|| missing_for(case)) {
             Some(reason) => Outcome::Skip(reason),
             None => match run_case(case, args, &mut outcomes) {
                 Ok(one) => {
@@ -183,42 +176,14 @@ fn run(args: &Args) -> Result<ExitCode> {
     Ok(ktap.finish())
 }
 
-/// What no case can do without.
-fn missing() -> Option<String> {
-    [
-        (
-            "/dev/kvm",
-            "CONFIG_KVM_INTEL or CONFIG_KVM_AMD, and a processor that KVM runs on",
-        ),
-        (
-            "/sys/devices/system/node/node1/cpulist",
-            "two NUMA nodes, and CONFIG_NUMA",
-        ),
-        ("/proc/sys/kernel/numa_balancing", "CONFIG_NUMA_BALANCING"),
-        (
-            "/sys/kernel/debug/sched/numa_balancing",
-            "CONFIG_DEBUG_FS, mounted, and root",
-        ),
-    ]
-    .into_iter()
-    .find(|(path, _)| !Path::new(path).exists())
-    .map(|(path, remedy)| format!("no {path}: needs {remedy}"))
-}
-
 /// What this case cannot do without.
 fn missing_for(case: Case) -> Option<String> {
-    let thp = case.backing == Backing::Thp;
-    if thp && !Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
-        return Some("no transparent huge pages: needs CONFIG_TRANSPARENT_HUGEPAGE".into());
-    }
-    if case.layout == Layout::KsmAlternating && !guest::ksm::is_there() {
-        return Some("no merging of pages: needs CONFIG_KSM".into());
-    }
-    let pins = case.pinned != Pinned::None;
-    if pins && !Path::new("/proc/sys/kernel/io_uring_disabled").exists() {
-        return Some("no io_uring to pin with: needs CONFIG_IO_URING".into());
-    }
-    None
+    let wanted = [
+        (case.backing == Backing::Thp, &needs::THP),
+        (case.layout == Layout::KsmAlternating, &needs::KSM),
+        (case.pinned != Pinned::None, &needs::IO_URING),
+    ];
+    needs::missing(wanted.into_iter().filter(|one| one.0).map(|one| one.1))
 }
 
 /// Runs `case` in a process of its own and takes down what it says.
@@ -246,47 +211,7 @@ fn run_case(
     if let Some(memcg) = &memcg {
         command.arg("--memcg").arg(memcg.path());
     }
-    let mut child = command
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("start the case's process")?;
-    let stdout = child.stdout.take().context("the case's output")?;
-    let (sender, lines) = channel();
-    let reader = std::thread::spawn(move || {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                break;
-            }
-        }
-    });
-    let mut figures = None;
-    let silent = loop {
-        match lines.recv_timeout(SILENCE) {
-            Ok(line) => match serde_json::from_str(&line) {
-                Ok(Message::Progress(text)) => diagnostic(&text),
-                Ok(Message::Result { test, outcome }) => {
-                    outcomes.insert(test, outcome);
-                }
-                Ok(Message::Figures(one)) => figures = Some(*one),
-                Err(error) => diagnostic(&format!("{name}: {line}: {error}")),
-            },
-            Err(RecvTimeoutError::Disconnected) => break false,
-            Err(RecvTimeoutError::Timeout) => break true,
-        }
-    };
-    if silent {
-        child.kill().context("stop the case's process")?;
-    }
-    let status = child.wait().context("wait for the case's process")?;
-    drop(lines);
-    let _ = reader.join();
-    if silent {
-        bail!("{name} said nothing for {SILENCE:?} and was stopped");
-    }
-    if !status.success() {
-        bail!("{name} did not come to its end: {status}");
-    }
-    Ok(figures)
+    child::run(&name, &mut command, outcomes)
 }
 
 fn run_child(name: &str, args: &Args) -> Result<()> {
@@ -302,19 +227,10 @@ fn run_child(name: &str, args: &Args) -> Result<()> {
         results: args.results.clone(),
         memcg: args.memcg.clone(),
     };
-    let measured = case::measure(&plan, |text| tell(&Message::Progress(text)))?;
+    let measured = case::measure(&plan, child::progress)?;
     for (test, outcome) in check::judge(case, &measured) {
-        let test = test.into();
-        tell(&Message::Result { test, outcome });
+        child::outcome(test, outcome);
     }
-    tell(&Message::Figures(Box::new(measured.figures)));
+    child::tell(&Message::Figures(Box::new(measured.figures)));
     Ok(())
-}
-
-/// A parent that went away is no reason to stop in the middle of a measurement.
-fn tell(message: &Message) {
-    if let Ok(line) = serde_json::to_string(message) {
-        let mut out = std::io::stdout().lock();
-        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-    }
 }

@@ -15,17 +15,17 @@ mod operation;
 mod userfault;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
-use child::{tell, Message};
 use clap::Parser;
 use guest::balancing::{self, Settings};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Memcg;
 use guest::memory::Backing::{Anon, Memfd, Thp};
+use guest::needs::{self, Need};
 
 use case::{Case, Plan};
 use machine::Swap;
@@ -35,6 +35,16 @@ use userfault::Protection;
 const BALANCING: &str = "/sys/kernel/debug/sched/numa_balancing";
 const KSM: &str = "/sys/kernel/mm/ksm";
 const KHUGEPAGED: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged";
+
+/// What no case can do without.
+const ALL: &[Need] = &[
+    needs::KVM,
+    needs::TWO_NODES,
+    needs::NUMA_BALANCING,
+    needs::SCAN_SETTINGS,
+    needs::MEMCG,
+    needs::THP,
+];
 
 /// NUMA hint scans against everything else that changes a VM's memory.
 #[derive(Parser)]
@@ -134,7 +144,7 @@ fn main() -> ExitCode {
     };
     done.unwrap_or_else(|error| {
         match &args.child {
-            Some(name) => tell(&Message::Progress(format!("{name}: {error:#}"))),
+            Some(name) => child::progress(format!("{name}: {error:#}")),
             None => diagnostic(&format!("{error:#}")),
         }
         ExitCode::FAILURE
@@ -164,7 +174,7 @@ fn run(args: &Args) -> Result<ExitCode> {
             .sum(),
     );
     diagnostic(&format!("--seed {seed}"));
-    let settings = match missing() {
+    let settings = match needs::missing(ALL) {
         None => {
             balancing::forbid_scans(case::CPU_NODE)?;
             let settings = Settings::fast()?;
@@ -189,7 +199,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         Some(_) => None,
     };
     for case in cases {
-        let outcomes = match missing().or_else(|| missing_for(case)) {
+        let outcomes = match needs::missing(ALL).or_else(|| missing_for(case)) {
             Some(reason) => every(case, Outcome::Skip(reason)),
             None => soak(case, args, seed),
         };
@@ -244,54 +254,23 @@ fn soak(case: Case, args: &Args, seed: u64) -> HashMap<String, Outcome> {
     outcomes
 }
 
-/// What no case can do without.
-fn missing() -> Option<String> {
-    [
-        (
-            "/dev/kvm",
-            "CONFIG_KVM_INTEL or CONFIG_KVM_AMD, and a processor that KVM runs on",
-        ),
-        (
-            "/sys/devices/system/node/node1/cpulist",
-            "two NUMA nodes, and CONFIG_NUMA",
-        ),
-        ("/proc/sys/kernel/numa_balancing", "CONFIG_NUMA_BALANCING"),
-        (
-            "/sys/kernel/debug/sched/numa_balancing",
-            "CONFIG_DEBUG_FS, mounted, and root",
-        ),
-        (
-            "/sys/fs/cgroup/cgroup.subtree_control",
-            "CONFIG_MEMCG, and cgroup2 mounted",
-        ),
-        (
-            "/sys/kernel/mm/transparent_hugepage",
-            "CONFIG_TRANSPARENT_HUGEPAGE",
-        ),
-    ]
-    .into_iter()
-    .find(|(path, _)| !Path::new(path).exists())
-    .map(|(path, remedy)| format!("no {path}: needs {remedy}"))
-}
-
 /// What this case cannot do without.
 fn missing_for(case: Case) -> Option<String> {
     let missing = |kind: &Kind| match kind {
-        Kind::PageOut if !Swap::is_there() => Some("CONFIG_SWAP and CONFIG_BLK_DEV_RAM"),
-        Kind::Merge if !Path::new(KSM).exists() => Some("CONFIG_KSM"),
+        Kind::PageOut if !Swap::is_there() => {
+            Some("no RAM disk: needs CONFIG_SWAP and CONFIG_BLK_DEV_RAM".into())
+        }
+        Kind::Merge => needs::missing([&needs::KSM]),
         Kind::UserWriteProtect if !userfault::is_there(Protection::Write) => {
-            Some("CONFIG_USERFAULTFD")
+            Some("no write protection: needs CONFIG_USERFAULTFD".into())
         }
         Kind::UserReadWriteProtect if !userfault::is_there(Protection::ReadWrite) => {
-            Some("CONFIG_USERFAULTFD_RWP")
+            Some("no read-write protection: needs CONFIG_USERFAULTFD_RWP".into())
         }
-        Kind::Pin if !Path::new("/proc/sys/kernel/io_uring_disabled").exists() => {
-            Some("CONFIG_IO_URING")
-        }
+        Kind::Pin => needs::missing([&needs::IO_URING]),
         _ => None,
     };
-    let needed = case.kinds.iter().find_map(missing)?;
-    Some(format!("needs {needed}"))
+    case.kinds.iter().find_map(missing)
 }
 
 /// Runs `case` in a process of its own and takes down what it says.
@@ -341,7 +320,7 @@ fn run_case(
     ] {
         command.arg(name).arg(value.to_string());
     }
-    child::run(case.name, &mut command, outcomes)
+    child::run::<()>(case.name, &mut command, outcomes).map(drop)
 }
 
 fn run_child(name: &str, args: &Args) -> Result<()> {
@@ -356,15 +335,15 @@ fn run_child(name: &str, args: &Args) -> Result<()> {
         memcg: args.memcg.clone().context("no memory cgroup")?,
     };
     let backing = plan.case.backing(plan.seed).name();
-    tell(&Message::Progress(format!("{name}: {backing} memory")));
-    let measured = case::run(&plan, |text| tell(&Message::Progress(text)))?;
+    child::progress(format!("{name}: {backing} memory"));
+    let measured = case::run(&plan, child::progress)?;
     let seen: Vec<String> = measured
         .evidence
         .iter()
         .filter(|(_, times)| **times > 0)
         .map(|(what, times)| format!("{what} {times}"))
         .collect();
-    tell(&Message::Progress(format!(
+    child::progress(format!(
         "{name}: {} passes under {} scans, {} pages hinted, {} records; {}",
         measured.passes,
         measured.scans,
@@ -374,10 +353,9 @@ fn run_child(name: &str, args: &Args) -> Result<()> {
             .as_ref()
             .map_or(0, |one| one.full.0.records.len()),
         seen.join(", ")
-    )));
+    ));
     for (test, outcome) in check::judge(&measured) {
-        let test = test.into();
-        tell(&Message::Result { test, outcome });
+        child::outcome(test, outcome);
     }
     Ok(())
 }

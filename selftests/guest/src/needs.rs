@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a machine must have for a test, and what to say where it has not; only looks.
+
+use std::path::Path;
+
+/// A file that a test cannot do without.
+pub struct Need {
+    /// The file or folder.
+    pub path: &'static str,
+    /// What provides it.
+    pub remedy: &'static str,
+}
+
+/// Virtual machines.
+pub const KVM: Need = Need {
+    path: "/dev/kvm",
+    remedy: "CONFIG_KVM_INTEL or CONFIG_KVM_AMD, and a processor that KVM runs on",
+};
+/// A node for guest memory, and one for vCPUs.
+pub const TWO_NODES: Need = Need {
+    path: "/sys/devices/system/node/node1/cpulist",
+    remedy: "two NUMA nodes, and CONFIG_NUMA",
+};
+/// Scans.
+pub const NUMA_BALANCING: Need = Need {
+    path: "/proc/sys/kernel/numa_balancing",
+    remedy: "CONFIG_NUMA_BALANCING",
+};
+/// Their settings.
+pub const SCAN_SETTINGS: Need = Need {
+    path: "/sys/kernel/debug/sched/numa_balancing",
+    remedy: "CONFIG_DEBUG_FS, mounted, and root",
+};
+/// Counts of one test only.
+pub const MEMCG: Need = Need {
+    path: "/sys/fs/cgroup/cgroup.subtree_control",
+    remedy: "CONFIG_MEMCG, and cgroup2 mounted",
+};
+/// Huge pages.
+pub const THP: Need = Need {
+    path: "/sys/kernel/mm/transparent_hugepage",
+    remedy: "CONFIG_TRANSPARENT_HUGEPAGE",
+};
+/// Pins.
+pub const IO_URING: Need = Need {
+    path: "/proc/sys/kernel/io_uring_disabled",
+    remedy: "CONFIG_IO_URING",
+};
+/// Merging of equal pages.
+pub const KSM: Need = Need {
+    path: "/sys/kernel/mm/ksm/run",
+    remedy: "CONFIG_KSM",
+};
+/// The recorder.
+pub const RECORDER: Need = Need {
+    path: "/sys/kernel/debug/mmu_notifier_trace/attach",
+    remedy: "mmu_notifier_trace loaded (CONFIG_RUST, insmod)",
+};
+
+/// Says which of `needs` is not there, and what provides it.
+pub fn missing<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Option<String> {
+    let gone = needs
+        .into_iter()
+        .find(|need| !Path::new(need.path).exists());
+    gone.map(|need| format!("no {}: needs {}", need.path, need.remedy))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_that_is_missing_is_named() {
+        let need = |path, remedy| Need { path, remedy };
+        let (there, gone) = (need("/proc", ""), need("/proc/no-such", "CONFIG_X"));
+        assert_eq!(missing([&there]), None);
+        let named = Some("no /proc/no-such: needs CONFIG_X".into());
+        assert_eq!(missing([&there, &gone, &need("/proc/none", "")]), named);
+    }
+}
