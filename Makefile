@@ -33,6 +33,10 @@ test-debug: selftests ## Every test program on a debug build of the patched kern
 	@scripts/module debug
 	@scripts/boot debug $(TESTS)
 
+test-each-patch: selftests ## The kernel after each patch of the series: it boots, and what held before still holds
+	@scripts/kernel-tree unpatched
+	@scripts/boot-each-patch $(TESTS)
+
 test-mutants: selftests ## Kernels with one rule broken at a time (MUTANTS="NAME ...": only these): the tests have to notice
 	@scripts/mutants $(MUTANTS)
 
@@ -85,4 +89,4 @@ clean: ## Remove what was built; kernel trees with changes of your own are kept
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot patches-apply patches-export checkpatch clean distclean

@@ -13,11 +13,16 @@ use anyhow::{bail, Context, Result};
 const SYSCTL: &str = "/proc/sys/kernel/numa_balancing";
 const DEBUGFS: &str = "/sys/kernel/debug/sched/numa_balancing";
 
-/// The CPUs of `node`.
+/// The node of vCPUs.
+pub const CPU_NODE: usize = 0;
+/// The node on which guest memory starts. Where it has no CPUs, it is a slower tier, and balancing promotes memory.
+pub const MEMORY_NODE: usize = 1;
+
+/// The CPUs of `node`; none where it is only memory.
 pub fn node_cpus(node: usize) -> Result<Vec<usize>> {
     let path = format!("/sys/devices/system/node/node{node}/cpulist");
     let text = fs::read_to_string(&path)
-        .with_context(|| format!("{path}: the tests need two NUMA nodes with CPUs"))?;
+        .with_context(|| format!("{path}: the tests need two NUMA nodes"))?;
     let mut cpus = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -25,8 +30,28 @@ pub fn node_cpus(node: usize) -> Result<Vec<usize>> {
         let last: usize = last.parse().with_context(|| path.clone())?;
         cpus.extend(first..=last);
     }
+    Ok(cpus)
+}
+
+/// Whether the memory of [`MEMORY_NODE`] is a slower tier.
+pub fn tiers() -> Result<bool> {
+    Ok(node_cpus(MEMORY_NODE)?.is_empty())
+}
+
+/// The CPUs for `vcpus` vCPUs, on [`CPU_NODE`].
+pub fn vcpu_cpus(vcpus: usize) -> Result<Vec<usize>> {
+    let cpus = node_cpus(CPU_NODE)?;
     if cpus.is_empty() {
-        bail!("{path}: node {node} has no CPU: the tests need two nodes with CPUs");
+        bail!("node {CPU_NODE} has no CPU: the tests run their vCPUs there");
+    }
+    Ok(cpus.into_iter().cycle().take(vcpus).collect())
+}
+
+/// The CPUs for everything else: those of [`MEMORY_NODE`], or where it has none, those of [`CPU_NODE`] without vCPUs.
+pub fn other_cpus(vcpus: usize) -> Result<Vec<usize>> {
+    let mut cpus = node_cpus(MEMORY_NODE)?;
+    if cpus.is_empty() {
+        cpus = node_cpus(CPU_NODE)?.split_off(vcpus);
     }
     Ok(cpus)
 }
@@ -139,7 +164,13 @@ impl Drop for Settings {
 
 /// Switches NUMA balancing of the machine on or off. Off, no new scan starts.
 pub fn enable(on: bool) -> Result<()> {
-    fs::write(SYSCTL, if on { "1" } else { "0" }).context(SYSCTL)
+    let mode = match (on, tiers()?) {
+        (false, _) => "0",
+        (true, false) => "1",
+        // NUMA_BALANCING_MEMORY_TIERING
+        (true, true) => "2",
+    };
+    fs::write(SYSCTL, mode).context(SYSCTL)
 }
 
 /// How many scans of this process's whole address space have ended.

@@ -153,8 +153,13 @@ impl GuestMemory {
         let cpus = balancing::node_cpus(node)?;
         std::thread::scope(|scope| {
             let filled = scope.spawn(|| -> Result<()> {
-                balancing::set_affinity(&cpus)?;
+                if !cpus.is_empty() {
+                    balancing::set_affinity(&cpus)?;
+                }
                 memory.fill();
+                if cpus.is_empty() {
+                    memory.move_pages(0..memory.pages(), Some(node as libc::c_int))?;
+                }
                 Ok(())
             });
             filled.join().expect("filling memory does not panic")

@@ -10,5 +10,6 @@ pub mod ktap;
 pub mod marker;
 pub mod mount;
 pub mod mutants;
+pub mod names;
 pub mod same;
 pub mod splat;

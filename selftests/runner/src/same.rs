@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 
+use crate::names;
+
 /// Two results folders and what to compare.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
@@ -21,7 +23,7 @@ pub struct Options {
     /// The program whose NAME.ktap to compare
     #[arg(long)]
     pub program: String,
-    /// Tests that are known to come out differently from run to run, one name a line; `#` begins a comment
+    /// Tests that are known to come out differently from run to run, one name a line
     #[arg(long, value_name = "FILE")]
     pub unsteady: PathBuf,
 }
@@ -41,13 +43,7 @@ pub fn same(options: &Options) -> Result<bool> {
         Ok(outcomes(&String::from_utf8_lossy(&text)))
     };
     let (unpatched, patched) = (read(&options.unpatched)?, read(&options.patched)?);
-    let path = &options.unsteady;
-    let unsteady = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    let unsteady: Vec<&str> = unsteady
-        .lines()
-        .map(|line| line.split('#').next().unwrap_or_default().trim())
-        .filter(|line| !line.is_empty())
-        .collect();
+    let unsteady = names::read(&options.unsteady)?;
 
     let names: Vec<&String> = unpatched
         .keys()
@@ -59,7 +55,7 @@ pub fn same(options: &Options) -> Result<bool> {
         let difference = difference(unpatched.get(name), patched.get(name));
         match difference {
             None => println!("ok {number} {name} # {}", unpatched[name].result),
-            Some(text) if unsteady.contains(&name.as_str()) => {
+            Some(text) if unsteady.contains(name) => {
                 println!("# {name}: {text}");
                 println!("ok {number} {name} # SKIP unsteady: {text}");
             }

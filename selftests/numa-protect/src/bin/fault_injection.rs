@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
-use guest::balancing::{self, Settings};
+use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::{self, Memcg, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
@@ -35,10 +35,6 @@ use trace::client::{self, Client};
 use trace::record::{kind, Record};
 use trace::sequence::{Report, Sequence};
 
-/// The node of the vCPU.
-const CPU_NODE: usize = 0;
-/// The node of guest memory.
-const MEMORY_NODE: usize = 1;
 /// Guest memory of the VMs that are not scanned, in bytes.
 const SMALL: usize = 4 << 20;
 /// Scans in each try: the first may have begun before the guest stopped.
@@ -151,7 +147,7 @@ fn run(args: &Args, memcg: &Path) -> Result<ExitCode> {
     memcg::join(memcg)?;
     balancing::forbid_scans(CPU_NODE)?;
     // The vCPU's processor is left to it.
-    balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
+    balancing::set_affinity(&balancing::other_cpus(1)?)?;
     let mut ktap = Ktap::start(names().count());
     let mut print = |name: &str, outcome: Result<()>| {
         let outcome = match outcome {
@@ -358,10 +354,10 @@ fn attach() -> Result<()> {
 fn make_vm() -> Result<()> {
     let fail = FailNth::own()?;
     let memory = small_memory()?;
-    let cpu = balancing::node_cpus(CPU_NODE)?[0];
+    let cpus = balancing::vcpu_cpus(1)?;
     each_nth("vm", |nth| {
         fail.set(nth)?;
-        let vm = Vm::new(&memory, &[cpu]);
+        let vm = Vm::new(&memory, &cpus);
         let failed = fail.take()?;
         sensible(&vm)?;
         match vm {
@@ -370,7 +366,7 @@ fn make_vm() -> Result<()> {
         }
         Ok(failed)
     })?;
-    let vm = Vm::new(&memory, &[cpu]).context("afterwards")?;
+    let vm = Vm::new(&memory, &cpus).context("afterwards")?;
     vm.pass(0, whole(&memory))?;
     memory
         .verify(&[vec![1; memory.pages()]])
@@ -380,10 +376,10 @@ fn make_vm() -> Result<()> {
 /// The guest runs on, or KVM_RUN fails and the guest runs when it is tried again.
 fn first_pass() -> Result<()> {
     let memory = small_memory()?;
-    let cpu = balancing::node_cpus(CPU_NODE)?[0];
+    let cpus = balancing::vcpu_cpus(1)?;
     let mut passes = 0;
     each_nth("first pass", |nth| {
-        let vm = Vm::new(&memory, &[cpu])?;
+        let vm = Vm::new(&memory, &cpus)?;
         let fail = FailNth::of(vcpu_tid()?)?;
         fail.set(nth)?;
         let answer = vm.read_pass(0, whole(&memory));
@@ -487,7 +483,7 @@ fn scan(args: &Args, cgroup: &Path) -> Result<Vec<Scan>> {
     let pinned = memory.pinned_addresses();
     let unpinned = (0..memory.pages()).filter(|page| !memory.is_pinned(*page));
     let unpinned = unpinned.count() as u64;
-    let vm = Vm::new(&memory, &[balancing::node_cpus(CPU_NODE)?[0]])?;
+    let vm = Vm::new(&memory, &balancing::vcpu_cpus(1)?)?;
     let tid = vcpu_tid()?;
     let fail = FailNth::of(tid)?;
     let mut client = Client::attach_self(RECORDS)?;

@@ -14,7 +14,7 @@ use guest::memory::HUGE_PAGE;
 use guest::needs::{self, Need};
 use guest::{balancing, PAGE};
 
-use crate::{under_scans, Test, CPU_NODE};
+use crate::{under_scans, Test};
 
 const DEVICE: &str = "/dev/hmm_dmirror0";
 const MIRROR: Need = Need {
@@ -225,7 +225,7 @@ fn left_alone(source: &Source, layout: &Layout) -> Result<()> {
 
 /// Uses CPU time in user mode while `body` runs.
 fn while_spinning<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let cpus = balancing::node_cpus(CPU_NODE)?;
+    let cpus = balancing::vcpu_cpus(1)?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let spinner = scope.spawn(|| {

@@ -21,17 +21,13 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use clap::Parser;
-use guest::balancing::{self, Settings};
+use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::{self, Memcg, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::needs::{self, Need};
 use guest::vm::{Sweep, Vm};
 
-/// The node of the vCPUs.
-const CPU_NODE: usize = 0;
-/// The node on which guest memory starts.
-const MEMORY_NODE: usize = 1;
 /// Room in the recorder, in records.
 const RECORDS: u64 = 1 << 16;
 /// The longest that scans or KSM may take.
@@ -128,7 +124,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         }
         balancing::forbid_scans(CPU_NODE)?;
         // The vCPUs' processors are left to them.
-        balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
+        balancing::set_affinity(&balancing::other_cpus(1)?)?;
     }
     for test in tests {
         let outcome = match missing_for_all
@@ -158,10 +154,8 @@ impl Machine {
     /// `bytes` of memory (a multiple of 2 MiB) on node 1, `vcpus` vCPUs on node 0.
     fn new(backing: Backing, pinned: Pinned, bytes: usize, vcpus: usize) -> Result<Machine> {
         let memory = Arc::new(GuestMemory::new(backing, pinned, bytes, MEMORY_NODE)?);
-        let cpus = balancing::node_cpus(CPU_NODE)?.into_iter().cycle();
-        let cpus: Vec<usize> = cpus.take(vcpus).collect();
         let mut machine = Machine {
-            vm: Vm::new(&memory, &cpus)?,
+            vm: Vm::new(&memory, &balancing::vcpu_cpus(vcpus)?)?,
             counted: vec![vec![0; memory.pages()]; vcpus],
             memory,
         };

@@ -12,7 +12,7 @@ use guest::memcg::Source;
 use guest::memory::{Backing, Pinned, HUGE_PAGE};
 use guest::needs::{self, Need};
 use guest::vm::Sweep;
-use guest::{ksm, PAGE};
+use guest::{balancing, ksm, PAGE};
 use trace::check;
 use trace::client::Client;
 use trace::record::{event, flag, kind, Record};
@@ -313,9 +313,11 @@ fn mremap(_: &Source) -> Result<()> {
 fn move_pages(_: &Source) -> Result<()> {
     let mut recorded = Recorded::new(Backing::Anon)?;
     recorded.watch_pages(event::CLEAR, |machine| {
-        machine.memory.move_to(crate::CPU_NODE)?;
+        machine.memory.move_to(balancing::CPU_NODE)?;
         let nodes = machine.memory.nodes()?;
-        let left = nodes.iter().filter(|node| **node != crate::CPU_NODE as i32);
+        let left = nodes
+            .iter()
+            .filter(|node| **node != balancing::CPU_NODE as i32);
         ensure!(left.count() == 0, "some pages did not move");
         Ok(())
     })?;

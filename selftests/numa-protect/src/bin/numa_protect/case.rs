@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use guest::balancing;
+use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memcg::{self, Counters, Source};
 use guest::memory::{Backing, GuestMemory, Pinned, HUGE_PAGE};
 use guest::tracefs::Tracepoint;
@@ -34,10 +34,6 @@ use trace::client::{Client, Stats};
 use trace::record::Record;
 use trace::sequence::{Report, Sequence};
 
-/// The node of the vCPUs.
-pub const CPU_NODE: usize = 0;
-/// The node on which guest memory starts.
-const MEMORY_NODE: usize = 1;
 const VCPUS: usize = 2;
 /// Scans in each step.
 const SCANS: u64 = 2;
@@ -314,7 +310,7 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
     let first = bench.snapshot()?;
     let mut before = first;
     for number in 0..plan.steps {
-        let expected = bench.unpinned(touched);
+        let expected = bench.hintable(touched)?;
         bench.scan()?;
         let between = bench.snapshot()?;
         touched = match case.layout {
@@ -483,7 +479,7 @@ impl Bench {
         };
         balancing::forbid_scans(CPU_NODE)?;
         // The vCPUs' processors are left to them: where a scan has to yield, KVM flushes once more.
-        balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
+        balancing::set_affinity(&balancing::other_cpus(VCPUS)?)?;
         let case = plan.case;
         // Merging takes long: a quarter has to do.
         let size = match case.layout {
@@ -503,10 +499,8 @@ impl Bench {
             }
             false => None,
         };
-        let cpus = balancing::node_cpus(CPU_NODE)?;
-        let cpus: Vec<usize> = cpus.into_iter().cycle().take(VCPUS).collect();
         Ok(Bench {
-            vm: Vm::new(&memory, &cpus)?,
+            vm: Vm::new(&memory, &balancing::vcpu_cpus(VCPUS)?)?,
             counted: vec![vec![0; memory.pages()]; VCPUS],
             memory,
             source,
@@ -537,6 +531,16 @@ impl Bench {
         let each = if step < unit { 1 } else { unit as u64 };
         let free = sweep.pages().filter(|page| !self.memory.is_pinned(*page));
         each * free.count() as u64
+    }
+
+    /// What a scan may hint of what `sweep` touched: between tiers, only what is still in the slower one.
+    fn hintable(&self, sweep: Sweep) -> Result<u64> {
+        if !balancing::tiers()? {
+            return Ok(self.unpinned(sweep));
+        }
+        let nodes = self.memory.nodes()?;
+        let slow = (0..nodes.len()).filter(|page| nodes[*page] == MEMORY_NODE as i32);
+        Ok(slow.filter(|page| !self.is_kept(*page)).count() as u64)
     }
 
     /// One pass of each vCPU, one after the other, beginning with vCPU `first` (modulo their number). Merged pages, all

@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{bail, Context, Result};
 use child::Message;
 use clap::Parser;
-use guest::balancing::{self, Settings};
+use guest::balancing::{self, Settings, CPU_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Memcg;
 use guest::memory::{Backing, Pinned};
@@ -135,7 +135,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     let settings = match needs::missing(ALL) {
         None => {
             // Where the whole machine has to be counted, this process at least adds nothing.
-            balancing::forbid_scans(case::CPU_NODE)?;
+            balancing::forbid_scans(CPU_NODE)?;
             Some(Settings::fast()?)
         }
         Some(_) => None,

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use guest::balancing;
+use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memcg::{self, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::vm::{Faults, Sweep, Vm};
@@ -29,10 +29,6 @@ use crate::disturb::{self, Disturber};
 use crate::machine::vmstat;
 use crate::operation::{Kind, Operations, Random};
 
-/// The node of the vCPUs.
-pub const CPU_NODE: usize = 0;
-/// The node on which guest memory starts, and of the threads that disturb.
-const MEMORY_NODE: usize = 1;
 /// vCPUs that sweep all the time. Each disturbing thread has one more for itself.
 pub const VCPUS: usize = 2;
 /// Threads that disturb.
@@ -149,19 +145,14 @@ pub fn run(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
     memcg::join(&plan.memcg)?;
     let source = Source::Memcg(plan.memcg.clone());
     balancing::forbid_scans(CPU_NODE)?;
-    balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
+    balancing::set_affinity(&balancing::other_cpus(VCPUS)?)?;
     let merged = kinds.contains(&Kind::Merge);
     let mut memory = GuestMemory::new(backing, Pinned::None, plan.memory, MEMORY_NODE)?;
     if merged {
         memory.merge_alternate(MERGE)?;
     }
     let memory = Arc::new(memory);
-    let cpus = balancing::node_cpus(CPU_NODE)?;
-    let cpus = cpus.into_iter().cycle();
-    let machine = |vcpus| -> Result<Vm> {
-        let cpus: Vec<usize> = cpus.clone().take(vcpus).collect();
-        Vm::with(&memory, &cpus, Faults::Retried)
-    };
+    let machine = |vcpus| Vm::with(&memory, &balancing::vcpu_cpus(vcpus)?, Faults::Retried);
     let vm = machine(VCPUS + THREADS)?;
     let second = match kinds.contains(&Kind::SecondMachine) {
         true => Some(machine(THREADS)?),

@@ -12,13 +12,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use guest::balancing;
+use guest::balancing::{self, CPU_NODE};
 use guest::memory::{Backing, GuestMemory, HUGE_PAGE};
 use guest::vm::{Faults, Sweep, Vm};
 use guest::PAGE;
 use io_uring::IoUring;
 
-use crate::case::{CPU_NODE, VCPUS};
+use crate::case::VCPUS;
 use crate::operation::{Kind, Operation};
 use crate::userfault::{Protection, Userfault};
 

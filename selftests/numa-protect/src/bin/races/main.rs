@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use clap::Parser;
-use guest::balancing::{self, Settings};
+use guest::balancing::{self, Settings, CPU_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Memcg;
 use guest::memory::Backing::{Anon, Memfd, Thp};
@@ -176,7 +176,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     diagnostic(&format!("--seed {seed}"));
     let settings = match needs::missing(ALL) {
         None => {
-            balancing::forbid_scans(case::CPU_NODE)?;
+            balancing::forbid_scans(CPU_NODE)?;
             let settings = Settings::fast()?;
             // In the kernel, the size bounds the period from below.
             let fastest = machine::Settings::replace(&[
