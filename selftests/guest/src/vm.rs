@@ -55,6 +55,15 @@ const FIRST_ALIAS: u32 = 2;
 /// The longest that memory may be out of a vCPU's reach under [`Faults::Retried`].
 const REFUSAL: Duration = Duration::from_secs(30);
 
+/// Whether KVM uses nested paging. Else it maps up to eight pages with one fault, those around it that can be looked up
+/// at once (`direct_pte_prefetch()`).
+pub fn nested_paging() -> bool {
+    ["kvm_amd/parameters/npt", "kvm_intel/parameters/ept"]
+        .into_iter()
+        .filter_map(|path| std::fs::read_to_string(format!("/sys/module/{path}")).ok())
+        .all(|value| value.trim() == "Y")
+}
+
 /// What a vCPU does when `KVM_RUN` fails because the memory at a guest address is not there, or read-only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Faults {

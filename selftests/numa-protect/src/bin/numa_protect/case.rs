@@ -28,7 +28,7 @@ use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memcg::{self, Counters, Source};
 use guest::memory::{Backing, GuestMemory, Pinned, HUGE_PAGE};
 use guest::tracefs::Tracepoint;
-use guest::vm::{Sweep, Vm};
+use guest::vm::{self, Sweep, Vm};
 use serde::{Deserialize, Serialize};
 use trace::client::{Client, Stats};
 use trace::record::Record;
@@ -248,6 +248,8 @@ pub struct Measured {
     pub recording: Option<(Sequence, Stats)>,
     /// Addresses of guest memory.
     pub guest: Range<u64>,
+    /// Whether each of KVM's faults maps one page, or one huge page, see [`vm::nested_paging`].
+    pub one_page_per_fault: bool,
     /// Whether the counts are this process's own, as a memory cgroup keeps them.
     pub own_counts: bool,
     /// Addresses of the pinned or merged parts of it.
@@ -457,6 +459,7 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         figures,
         recording,
         guest: bench.memory.addresses(),
+        one_page_per_fault: vm::nested_paging(),
         own_counts: matches!(bench.source, Source::Memcg(_)),
         kept: match case.layout {
             Layout::KsmAlternating => bench.memory.merged_addresses(),
