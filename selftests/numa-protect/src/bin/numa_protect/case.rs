@@ -248,6 +248,9 @@ pub struct Measured {
     pub recording: Option<(Sequence, Stats)>,
     /// Addresses of guest memory.
     pub guest: Range<u64>,
+    /// Whether guest memory began in a slower tier. The steps' passes come with balancing off, when the kernel does not tell
+    /// tiers apart, so that what they promote is left to chance.
+    pub tiers: bool,
     /// Whether each of KVM's faults maps one page, or one huge page, see [`vm::nested_paging`].
     pub one_page_per_fault: bool,
     /// Whether the counts are this process's own, as a memory cgroup keeps them.
@@ -459,6 +462,7 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         figures,
         recording,
         guest: bench.memory.addresses(),
+        tiers: balancing::tiers()?,
         one_page_per_fault: vm::nested_paging(),
         own_counts: matches!(bench.source, Source::Memcg(_)),
         kept: match case.layout {
