@@ -102,8 +102,11 @@ fn recorded(measured: &Measured, judge: impl FnOnce(&Recording) -> Judgement) ->
 }
 
 fn disturbed(measured: &Measured) -> Judgement {
+    // Where kinds are mixed, there are few operations of each, and one may be too late to have an effect.
+    let alone = measured.kinds.len() == 1;
     for kind in &measured.kinds {
-        for what in [kind.name()].iter().chain(evidence(*kind)) {
+        let effects = if alone { evidence(*kind) } else { &[] };
+        for what in [kind.name()].iter().chain(effects) {
             if measured.evidence.get(what).is_none_or(|times| *times == 0) {
                 return Err(format!("{}: no {what}", kind.name()));
             }
@@ -271,11 +274,16 @@ mod tests {
     #[test]
     fn each_test_fails_when_what_it_guards_is_broken() {
         assert!(spoilt(|_| {}).is_empty());
-        for what in ["mprotect", "runs refused", "pageout", "pswpout"] {
+        for what in ["mprotect", "pageout"] {
             assert_eq!(
                 spoilt(|measured| measured.evidence.extend([(what, 0)])),
                 ["disturbed"]
             );
+        }
+        for what in ["pageout", "pswpout"] {
+            let mut alone = sound(&[Kind::PageOut]);
+            alone.evidence.extend([(what, 0)]);
+            assert_eq!(failing(&alone), ["disturbed"]);
         }
         assert_eq!(spoilt(|measured| measured.scans = 0), ["scanned"]);
         assert_eq!(spoilt(|measured| measured.hinted = 0), ["scanned"]);
