@@ -40,7 +40,7 @@ test-each-patch: selftests ## The kernel after each patch of the series: it boot
 test-mutants: selftests ## Kernels with one rule broken at a time (MUTANTS="NAME ...": only these): the tests have to notice
 	@scripts/mutants $(MUTANTS)
 
-test-matrix: modules selftests ## Both kernels again, without nested paging, and preempted anywhere
+test-matrix: modules selftests ## Both kernels again: without nested paging, preempted anywhere, and with a slower memory tier
 	@scripts/matrix $(TESTS)
 
 test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (hours; TESTS="kvm:NAME ...": only these)
