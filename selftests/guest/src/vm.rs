@@ -30,7 +30,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context, Result};
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_regs, kvm_segment,
+    kvm_userspace_memory_region, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::memory::GuestMemory;
@@ -50,8 +54,12 @@ const SPIN: u64 = 15;
 const STOP: usize = PAGE - 4;
 /// Where KVM may put three pages of its own on Intel processors, far above guest memory.
 const TSS_ADDRESS: usize = 0xfffb_d000;
-/// The first memory slot that is free: guest memory and the program take one each.
+/// The memory slots of guest memory and of the program, and the first that is free.
+const MEMORY_SLOT: u32 = 0;
+const PROGRAM_SLOT: u32 = 1;
 const FIRST_ALIAS: u32 = 2;
+/// `_IOWR(KVMIO, 0xc0, struct kvm_clear_dirty_log)` of `linux/kvm.h`, which kvm-ioctls has not.
+const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
 /// The longest that memory may be out of a vCPU's reach under [`Faults::Retried`].
 const REFUSAL: Duration = Duration::from_secs(30);
 
@@ -71,6 +79,35 @@ pub enum Faults {
     Fatal,
     /// It tries again: somebody does, and puts it back soon. See [`Vm::refused`].
     Retried,
+}
+
+/// How KVM's dirty log is cleared (Documentation/virt/kvm/api.rst, `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clearing {
+    /// By reading it.
+    Read,
+    /// By `KVM_CLEAR_DIRTY_LOG`.
+    Manual,
+    /// The same, and all of it is set in the beginning.
+    ManualInitiallySet,
+}
+
+impl Clearing {
+    /// All of them.
+    pub const ALL: [Clearing; 3] = [
+        Clearing::Read,
+        Clearing::Manual,
+        Clearing::ManualInitiallySet,
+    ];
+
+    fn argument(self) -> u64 {
+        let manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+        match self {
+            Clearing::Read => 0,
+            Clearing::Manual => manual.into(),
+            Clearing::ManualInitiallySet => (manual | KVM_DIRTY_LOG_INITIALLY_SET).into(),
+        }
+    }
 }
 
 /// The pages that one pass touches: `count` of them, from page `first`, `stride` pages apart (down if negative).
@@ -128,6 +165,8 @@ pub struct Vm {
     program: Arc<Program>,
     refused: Arc<AtomicU64>,
     memory: Arc<GuestMemory>,
+    /// Held while the dirty log is on.
+    logging: Mutex<()>,
     vm: VmFd,
 }
 
@@ -148,15 +187,12 @@ impl Vm {
             .context("KVM_SET_TSS_ADDR")?;
         let program = Arc::new(Program::new()?);
         let program_address = memory.size() as u64;
-        for (slot, (base, len, guest_phys_addr)) in [
-            (memory.base(), memory.size(), 0),
-            (program.0, PAGE, program_address),
-        ]
-        .into_iter()
-        .enumerate()
-        {
+        for (slot, base, len, guest_phys_addr) in [
+            (MEMORY_SLOT, memory.base(), memory.size(), 0),
+            (PROGRAM_SLOT, program.0, PAGE, program_address),
+        ] {
             let region = kvm_userspace_memory_region {
-                slot: slot as u32,
+                slot,
                 flags: 0,
                 guest_phys_addr,
                 memory_size: len as u64,
@@ -204,6 +240,7 @@ impl Vm {
             program,
             refused,
             memory: memory.clone(),
+            logging: Mutex::new(()),
             vm,
         })
     }
@@ -238,6 +275,40 @@ impl Vm {
         // SAFETY: the pages are guest memory's, which this VM and its vCPU threads keep.
         unsafe { self.vm.set_user_memory_region(region) }
             .with_context(|| format!("KVM_SET_USER_MEMORY_REGION of alias {alias} at page {at:#x}"))
+    }
+
+    /// Runs `body` with the dirty log of guest memory on; who else wants to waits until it is off again.
+    pub fn while_logging<T>(
+        &self,
+        clearing: Clearing,
+        body: impl FnOnce(&DirtyLog) -> Result<T>,
+    ) -> Result<T> {
+        let _alone = self.logging.lock().unwrap_or_else(PoisonError::into_inner);
+        let cap = kvm_enable_cap {
+            cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            args: [clearing.argument(), 0, 0, 0],
+            ..Default::default()
+        };
+        self.vm
+            .enable_cap(&cap)
+            .with_context(|| format!("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 for {clearing:?}"))?;
+        self.log_memory(true)?;
+        let result = body(&DirtyLog { vm: self, clearing });
+        let off = self.log_memory(false);
+        result.and_then(|value| off.map(|()| value))
+    }
+
+    fn log_memory(&self, on: bool) -> Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: MEMORY_SLOT,
+            flags: if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: 0,
+            memory_size: self.memory.size() as u64,
+            userspace_addr: self.memory.addresses().start,
+        };
+        // SAFETY: the memory slot as it was made, but for its flags.
+        unsafe { self.vm.set_user_memory_region(region) }
+            .with_context(|| format!("KVM_MEM_LOG_DIRTY_PAGES to be {on}"))
     }
 
     /// How many vCPUs it has.
@@ -341,6 +412,41 @@ impl Vm {
             .recv()
             .with_context(|| format!("the thread of vCPU {vcpu} has ended"))?
             .with_context(|| format!("vCPU {vcpu}"))
+    }
+}
+
+/// The dirty log of guest memory while it is on, see [`Vm::while_logging`].
+pub struct DirtyLog<'a> {
+    vm: &'a Vm,
+    clearing: Clearing,
+}
+
+impl DirtyLog<'_> {
+    /// For each base page whether the log says that a vCPU wrote to it since the last call.
+    pub fn take(&self) -> Result<Vec<bool>> {
+        let memory = &self.vm.memory;
+        let mut bits = self
+            .vm
+            .vm
+            .get_dirty_log(MEMORY_SLOT, memory.size())
+            .context("KVM_GET_DIRTY_LOG")?;
+        if self.clearing != Clearing::Read {
+            let log = kvm_clear_dirty_log {
+                slot: MEMORY_SLOT,
+                num_pages: memory.pages() as u32,
+                first_page: 0,
+                __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                    dirty_bitmap: bits.as_mut_ptr().cast(),
+                },
+            };
+            // SAFETY: the kernel reads a bit for each page of guest memory, as many as it has just given.
+            let rc = unsafe { libc::ioctl(self.vm.vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG as _, &log) };
+            if rc != 0 {
+                return Err(std::io::Error::last_os_error()).context("KVM_CLEAR_DIRTY_LOG");
+            }
+        }
+        let is_dirty = |page: usize| bits[page / 64] & (1 << (page % 64)) != 0;
+        Ok((0..memory.pages()).map(is_dirty).collect())
     }
 }
 

@@ -20,6 +20,7 @@ fn promise(kind: Kind) -> bool {
             | Kind::Fork
             | Kind::UserWriteProtect
             | Kind::UserReadWriteProtect
+            | Kind::DirtyLog
             | Kind::Pin
     )
 }
@@ -33,6 +34,7 @@ fn evidence(kind: Kind) -> &'static [&'static str] {
         Kind::Huge => &["collapses", "thp_split_pmd"],
         Kind::Merge => &["merged again"],
         Kind::UserWriteProtect | Kind::UserReadWriteProtect => &["accesses stopped"],
+        Kind::DirtyLog => &["pages logged"],
         Kind::Discard
         | Kind::Fork
         | Kind::Slot

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use guest::balancing::{self, CPU_NODE};
 use guest::memory::{Backing, GuestMemory, HUGE_PAGE};
-use guest::vm::{Faults, Sweep, Vm};
+use guest::vm::{Clearing, Faults, Sweep, Vm};
 use guest::PAGE;
 use io_uring::IoUring;
 
@@ -32,6 +32,9 @@ const FRAME: u64 = (1 << 55) - 1;
 
 /// How long protected memory waits for somebody who is stopped by it.
 const STOPPED: Duration = Duration::from_secs(5);
+
+/// How often the dirty log is read while it is on.
+const LOGS: usize = 4;
 
 /// What one thread needs to disturb, and what it saw.
 pub struct Disturber<'a> {
@@ -95,6 +98,7 @@ impl<'a> Disturber<'a> {
             Kind::UserWriteProtect => self.user_protect(pages, *choice, Protection::Write),
             Kind::UserReadWriteProtect => self.user_protect(pages, *choice, Protection::ReadWrite),
             Kind::Slot => self.slot(pages, *choice),
+            Kind::DirtyLog => self.dirty_log(pages, *choice),
             Kind::Pin => self.pin(pages, *choice),
             Kind::Machine => self.machine(pages, *choice),
             Kind::SecondMachine => self.second_machine(pages),
@@ -405,6 +409,29 @@ impl<'a> Disturber<'a> {
             self.pass(self.vm, vcpu, pages, at - pages.start)?;
         }
         self.vm.remove_alias(alias)
+    }
+
+    /// Each page that this thread's own vCPU writes to between two readings must be in the second, whatever scans have
+    /// unmapped meanwhile. The log is of all memory, so that the others' writes are logged, too.
+    fn dirty_log(&mut self, pages: &Range<usize>, choice: u64) -> Result<()> {
+        let (vm, vcpu) = (self.vm, VCPUS + self.number);
+        let clearing = Clearing::ALL[choice as usize % Clearing::ALL.len()];
+        vm.while_logging(clearing, |log| {
+            log.take()?;
+            for reading in 0..LOGS {
+                self.pass(vm, vcpu, pages, 0)?;
+                if reading % 2 == 1 {
+                    hold(choice);
+                }
+                let dirty = log.take()?;
+                let logged = pages.clone().filter(|page| dirty[*page]).count();
+                self.saw("pages logged", logged as u64);
+                if logged < pages.len() {
+                    self.break_promise("a page that was written to is not in the dirty log", pages);
+                }
+            }
+            Ok(())
+        })
     }
 
     fn pin(&mut self, pages: &Range<usize>, choice: u64) -> Result<()> {

@@ -31,6 +31,8 @@ pub enum Kind {
     UserReadWriteProtect,
     /// A second memory slot of the range: created, used, moved, used, deleted.
     Slot,
+    /// The dirty log switched on for all memory, the range written to, the log read and cleared, and switched off.
+    DirtyLog,
     /// Long-term pins, and their end.
     Pin,
     /// A VM that is made, uses the range, and is gone.
@@ -54,6 +56,7 @@ impl Kind {
             Kind::UserWriteProtect => "uffd_wp",
             Kind::UserReadWriteProtect => "uffd_rwp",
             Kind::Slot => "slots",
+            Kind::DirtyLog => "dirty_log",
             Kind::Pin => "pin",
             Kind::Machine => "teardown",
             Kind::SecondMachine => "two_vms",
