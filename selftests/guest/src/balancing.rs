@@ -94,6 +94,16 @@ pub fn forbid_scans(node: usize) -> Result<()> {
 /// Lets scans into `addresses` of this process, whole pages: memory of nodes 0 and 1 that balancing may move.
 /// New pages come from the node of the CPU that touches them first.
 pub fn allow_scans(addresses: Range<u64>) -> Result<()> {
+    bind(addresses, libc::MPOL_BIND | libc::MPOL_F_NUMA_BALANCING)
+}
+
+/// Keeps scans out of `addresses` of this process, whole pages, which stay where they are.
+pub fn forbid_scans_of(addresses: Range<u64>) -> Result<()> {
+    bind(addresses, libc::MPOL_BIND)
+}
+
+/// Gives memory a policy for nodes 0 and 1, and so a mapping of its own where its neighbour's is another.
+fn bind(addresses: Range<u64>, mode: libc::c_int) -> Result<()> {
     let nodes: libc::c_ulong = 0b11;
     // SAFETY: changes only where pages may come from; the kernel reads `maxnode - 1` bits of `nodes`.
     let rc = unsafe {
@@ -101,7 +111,7 @@ pub fn allow_scans(addresses: Range<u64>) -> Result<()> {
             libc::SYS_mbind,
             addresses.start,
             addresses.end - addresses.start,
-            libc::MPOL_BIND | libc::MPOL_F_NUMA_BALANCING,
+            mode,
             &nodes,
             libc::c_ulong::BITS as libc::c_ulong,
             0,
@@ -109,7 +119,7 @@ pub fn allow_scans(addresses: Range<u64>) -> Result<()> {
     };
     if rc != 0 {
         return Err(io::Error::last_os_error())
-            .context("mbind(MPOL_BIND | MPOL_F_NUMA_BALANCING): needs two nodes with memory");
+            .with_context(|| format!("mbind() of mode {mode:#x}: needs two nodes with memory"));
     }
     Ok(())
 }

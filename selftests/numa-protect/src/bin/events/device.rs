@@ -14,7 +14,7 @@ use guest::memory::HUGE_PAGE;
 use guest::needs::{self, Need};
 use guest::{balancing, PAGE};
 
-use crate::{under_scans, Test};
+use crate::{under_scans, Test, SCANS};
 
 const DEVICE: &str = "/dev/hmm_dmirror0";
 const MIRROR: Need = Need {
@@ -73,8 +73,6 @@ const HUGE: Layout = Layout {
     to_device: HUGE_PAGE / PAGE,
     stay: HUGE_PAGE / PAGE,
 };
-/// More than one: scans let a mapping that they meet for the first time pass.
-const SCANS: u64 = 3;
 
 /// Memory of our own, at a multiple of the huge page size.
 struct Mapping {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What is no NUMA scan, and who does not listen to one: changes the machine's scan and KSM settings while it runs.
 //!
-//! Prints KTAP. Three groups of tests:
+//! Prints KTAP. Four groups of tests:
 //!
 //! - `operations.rs`: whatever else changes page tables does so as before. No event of it carries the flag of NUMA scans
 //!   or brings a report, and KVM obeys it.
 //! - `plain.rs`: a subscriber without `numa_protect` hears what it would hear if there were no such callback.
+//! - `vma_edges.rs`: a scan keeps to its mapping, also inside of a huge page.
 //! - `device.rs`: a scan leaves memory alone that is not there, but on a device.
 //!
 //! Runs in a process of its own, started once scans are fast, and in a memory cgroup of its own.
@@ -13,6 +14,7 @@
 mod device;
 mod operations;
 mod plain;
+mod vma_edges;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -30,6 +32,9 @@ use guest::vm::{Sweep, Vm};
 
 /// Room in the recorder, in records.
 const RECORDS: u64 = 1 << 16;
+/// Scans that reach all there is, also what they meet for the first time: the first may have begun before, and they let
+/// a new mapping pass once.
+const SCANS: u64 = 3;
 /// The longest that scans or KSM may take.
 const LIMIT: Duration = Duration::from_secs(45);
 
@@ -107,7 +112,12 @@ fn run_child(args: &Args) -> Result<ExitCode> {
 }
 
 fn run(args: &Args) -> Result<ExitCode> {
-    let tests = [operations::TESTS, plain::TESTS, device::TESTS];
+    let tests = [
+        operations::TESTS,
+        plain::TESTS,
+        vma_edges::TESTS,
+        device::TESTS,
+    ];
     let tests: Vec<&Test> = tests
         .into_iter()
         .flatten()
@@ -187,6 +197,16 @@ impl Machine {
         Ok(())
     }
 
+    /// Lets scans run over all that may be scanned, while no vCPU touches guest memory.
+    fn scan(&self, source: &Source) -> Result<Scanned> {
+        let (mapped, before) = (self.mapped()?, source.read()?);
+        self.vm.while_spinning_inside(|| under_scans(SCANS))?;
+        Ok(Scanned {
+            hinted: source.read()?.pte_updates - before.pte_updates,
+            dropped: mapped.saturating_sub(self.mapped()?),
+        })
+    }
+
     /// Whether memory holds what the guest counted and what was there before.
     fn verify(&self) -> Result<()> {
         let contents = self.memory.verify(&self.counted);
@@ -197,6 +217,13 @@ impl Machine {
     fn mapped(&self) -> Result<u64> {
         Ok(self.vm.stat("pages_4k")? + (self.vm.stat("pages_2m")? << 9))
     }
+}
+
+/// What [`Machine::scan`] saw, in base pages.
+struct Scanned {
+    hinted: u64,
+    /// By KVM.
+    dropped: u64,
 }
 
 /// Runs `body` with scans going on, until `scans` of them have ended. Something else has to use CPU time in user mode or
