@@ -57,6 +57,12 @@ pub const RECORDER: Need = Need {
     remedy: "mmu_notifier_trace loaded (CONFIG_RUST, insmod)",
 };
 
+/// Events where functions begin and end.
+pub const KPROBE_EVENTS: Need = Need {
+    path: "/sys/kernel/tracing/kprobe_events",
+    remedy: "CONFIG_KPROBE_EVENTS, and tracefs mounted",
+};
+
 /// Says which of `needs` is not there, and what provides it.
 pub fn missing<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Option<String> {
     let gone = needs

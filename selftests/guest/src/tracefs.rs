@@ -1,17 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How often a tracepoint fired, counted by a tracefs instance of its own, which is removed in the end.
+//! How often a tracepoint fired or a function ran, counted by a tracefs instance of its own, which is removed in the end.
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
+const KPROBE_EVENTS: &str = "/sys/kernel/tracing/kprobe_events";
+/// The group of the events that are defined here.
+const GROUP: &str = "numa_notify";
 
 /// A tracepoint that is being counted.
 pub struct Tracepoint {
     instance: PathBuf,
+    /// Goes after the instance.
+    _probe: Option<Probe>,
 }
+
+/// The event of a kprobe, which is removed when dropped.
+struct Probe(String);
 
 impl Tracepoint {
     /// Whether the kernel has tracepoint `event` (`SYSTEM/NAME`).
@@ -22,17 +31,39 @@ impl Tracepoint {
 
     /// Counts `event` (`SYSTEM/NAME`) where `filter` holds (Documentation/trace/events.rst), from now on.
     pub fn count(event: &str, filter: &str) -> Result<Tracepoint> {
-        let name = format!("numa_notify.{}", std::process::id());
+        let tracepoint = Tracepoint::new(None)?;
+        tracepoint.set(event, "filter", filter)?;
+        tracepoint.set(event, "enable", "1")?;
+        Ok(tracepoint)
+    }
+
+    /// Counts the calls of the kernel's `function` from now on (Documentation/trace/kprobetrace.rst).
+    pub fn count_calls(function: &str) -> Result<Tracepoint> {
+        let event = format!("{GROUP}/{function}");
+        let define = format!("p:{event} {function}");
+        append(Path::new(KPROBE_EVENTS), &define).with_context(|| {
+            format!("{KPROBE_EVENTS}: {define}: does this kernel have that function?")
+        })?;
+        let tracepoint = Tracepoint::new(Some(Probe(event.clone())))?;
+        tracepoint.set(&event, "enable", "1")?;
+        Ok(tracepoint)
+    }
+
+    fn new(probe: Option<Probe>) -> Result<Tracepoint> {
+        let name = format!("{GROUP}.{}", std::process::id());
         let instance = Path::new(INSTANCES).join(name);
         fs::create_dir(&instance).with_context(|| {
             format!("{}: needs root, tracefs, CONFIG_FTRACE", instance.display())
         })?;
-        let tracepoint = Tracepoint { instance };
-        for (file, value) in [("filter", filter), ("enable", "1")] {
-            let path = tracepoint.instance.join("events").join(event).join(file);
-            fs::write(&path, value).with_context(|| format!("{}: {value}", path.display()))?;
-        }
-        Ok(tracepoint)
+        Ok(Tracepoint {
+            instance,
+            _probe: probe,
+        })
+    }
+
+    fn set(&self, event: &str, file: &str, value: &str) -> Result<()> {
+        let path = self.instance.join("events").join(event).join(file);
+        fs::write(&path, value).with_context(|| format!("{}: {value}", path.display()))
     }
 
     /// How often it has fired so far: what is in the buffer and what was overwritten there.
@@ -54,6 +85,23 @@ impl Drop for Tracepoint {
             eprintln!("{}: not removed: {error}", self.instance.display());
         }
     }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        let remove = format!("-:{}", self.0);
+        if let Err(error) = append(Path::new(KPROBE_EVENTS), &remove) {
+            eprintln!("{KPROBE_EVENTS}: {remove}: {error}");
+        }
+    }
+}
+
+/// A line to one of tracefs's files, which take it as a command.
+fn append(path: &Path, line: &str) -> io::Result<()> {
+    fs::OpenOptions::new()
+        .append(true)
+        .open(path)?
+        .write_all(format!("{line}\n").as_bytes())
 }
 
 /// All events that a `stats` file of tracefs speaks of, also those that are not in the buffer any more.

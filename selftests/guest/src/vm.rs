@@ -21,7 +21,7 @@
 //! and [`Sweep`] says what is in its registers. It lies in a page of its own behind guest memory, which no scan reaches.
 
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -29,11 +29,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use kvm_bindings::{
-    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_regs, kvm_segment,
-    kvm_userspace_memory_region, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_create_guest_memfd, kvm_enable_cap,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+    kvm_userspace_memory_region2, Msrs, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_LOG_DIRTY_PAGES,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
@@ -62,6 +64,13 @@ const FIRST_ALIAS: u32 = 2;
 const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
 /// The longest that memory may be out of a vCPU's reach under [`Faults::Retried`].
 const REFUSAL: Duration = Duration::from_secs(30);
+
+/// Of `linux/kvm.h`: user space may map it, and need not share it with the guest explicitly.
+const GUEST_MEMFD_FLAG_MMAP: u64 = 1 << 0;
+const GUEST_MEMFD_FLAG_INIT_SHARED: u64 = 1 << 1;
+/// Of `asm/kvm_para.h`: where KVM keeps the vCPU's clock, and the bit that says that it shall.
+const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+const KVM_MSR_ENABLED: u64 = 1;
 
 /// Whether KVM uses nested paging. Else it maps up to eight pages with one fault, those around it that can be looked up
 /// at once (`direct_pte_prefetch()`).
@@ -148,6 +157,8 @@ enum Command {
     Spin(Arc<AtomicBool>),
     /// Use CPU time in the guest until told to stop.
     SpinInside,
+    /// Keep the clock at this guest address.
+    KeepClock(u64),
 }
 
 struct VcpuThread {
@@ -275,6 +286,49 @@ impl Vm {
         // SAFETY: the pages are guest memory's, which this VM and its vCPU threads keep.
         unsafe { self.vm.set_user_memory_region(region) }
             .with_context(|| format!("KVM_SET_USER_MEMORY_REGION of alias {alias} at page {at:#x}"))
+    }
+
+    /// Makes `pages` pages of a new guest_memfd appear at base page `at` of guest addresses, in the memory slot of alias
+    /// `alias`. KVM maps them as pages of that file, not through their address in this process.
+    pub fn put_guest_memfd(&self, alias: u32, pages: usize, at: usize) -> Result<GuestMemfd> {
+        let len = pages * PAGE;
+        let fd = self
+            .vm
+            .create_guest_memfd(kvm_create_guest_memfd {
+                size: len as u64,
+                flags: GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+                ..Default::default()
+            })
+            .context("KVM_CREATE_GUEST_MEMFD: needs CONFIG_KVM_GUEST_MEMFD, Linux 6.18 or later")?;
+        // SAFETY: the descriptor was just made for us and nobody else owns it.
+        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+        let memfd = GuestMemfd::map(&file, len)?;
+        let region = kvm_userspace_memory_region2 {
+            slot: FIRST_ALIAS + alias,
+            flags: KVM_MEM_GUEST_MEMFD,
+            guest_phys_addr: (at * PAGE) as u64,
+            memory_size: len as u64,
+            userspace_addr: memfd.addresses().start,
+            guest_memfd: fd as u32,
+            ..Default::default()
+        };
+        // SAFETY: KVM holds the file, and does not need the mapping.
+        unsafe { self.vm.set_user_memory_region2(region) }
+            .context("KVM_SET_USER_MEMORY_REGION2 with KVM_MEM_GUEST_MEMFD")?;
+        Ok(memfd)
+    }
+
+    /// Lets KVM keep the paravirtual clock of `vcpu` in the 32 bytes at guest address `address`, inside of one page
+    /// (Documentation/virt/kvm/x86/msr.rst).
+    pub fn keep_clock(&self, vcpu: usize, address: u64) -> Result<()> {
+        self.send(vcpu, Command::KeepClock(address))?;
+        self.reply(vcpu).map(drop)
+    }
+
+    /// Has KVM write each such clock before its vCPU enters the guest again.
+    pub fn update_clocks(&self) -> Result<()> {
+        let now = self.vm.get_clock().context("KVM_GET_CLOCK")?;
+        self.vm.set_clock(&now).context("KVM_SET_CLOCK")
     }
 
     /// Runs `body` with the dirty log of guest memory on; who else wants to waits until it is off again.
@@ -450,6 +504,54 @@ impl DirtyLog<'_> {
     }
 }
 
+/// Memory of a guest_memfd as this process maps it.
+pub struct GuestMemfd {
+    base: *mut libc::c_void,
+    len: usize,
+}
+
+impl GuestMemfd {
+    fn map(file: &OwnedFd, len: usize) -> Result<GuestMemfd> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping.
+        let base = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                access,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error()).context("map a guest_memfd");
+        }
+        Ok(GuestMemfd { base, len })
+    }
+
+    /// The addresses it takes in this process.
+    pub fn addresses(&self) -> Range<u64> {
+        let start = self.base as u64;
+        start..start + self.len as u64
+    }
+
+    /// The first word of each page, which vCPU 0 counts up.
+    pub fn words(&self) -> impl Iterator<Item = &AtomicU32> {
+        // SAFETY: inside the mapping and aligned; neither host nor guest uses it but as an atomic word.
+        (0..self.len)
+            .step_by(PAGE)
+            .map(|offset| unsafe { AtomicU32::from_ptr(self.base.add(offset).cast()) })
+    }
+}
+
+impl Drop for GuestMemfd {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, and every user of it borrows `self`.
+        unsafe { libc::munmap(self.base, self.len) };
+    }
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
         for vcpu in self.vcpus.drain(..) {
@@ -552,6 +654,7 @@ fn serve(mut guest: Vcpu, cpu: usize, inbox: &Receiver<Command>, outbox: &Sender
                 };
                 guest.run_to_halt(SPIN, regs).map(|()| 0)
             }
+            (Ok(()), Command::KeepClock(address)) => guest.keep_clock(address).map(|()| 0),
             (Ok(()), Command::Run(sweep, stop)) => {
                 let mut passes = Ok(0);
                 while !stop.load(Ordering::Relaxed) && passes.is_ok() {
@@ -581,6 +684,18 @@ impl Vcpu {
             ..Default::default()
         };
         self.run_to_halt(entry, regs)
+    }
+
+    fn keep_clock(&mut self, address: u64) -> Result<()> {
+        let clock = kvm_msr_entry {
+            index: MSR_KVM_SYSTEM_TIME_NEW,
+            data: address | KVM_MSR_ENABLED,
+            ..Default::default()
+        };
+        let msrs = Msrs::from_entries(&[clock]).context("one register")?;
+        let set = self.vcpu.set_msrs(&msrs).context("KVM_SET_MSRS")?;
+        ensure!(set == 1, "KVM does not take MSR_KVM_SYSTEM_TIME_NEW");
+        Ok(())
     }
 
     /// Runs the program from its `entry`, with these registers, until it halts.

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What is no NUMA scan, and who does not listen to one: changes the machine's scan and KSM settings while it runs.
 //!
-//! Prints KTAP. Four groups of tests:
+//! Prints KTAP. Five groups of tests:
 //!
 //! - `operations.rs`: whatever else changes page tables does so as before. No event of it carries the flag of NUMA scans
 //!   or brings a report, and KVM obeys it.
 //! - `plain.rs`: a subscriber without `numa_protect` hears what it would hear if there were no such callback.
 //! - `vma_edges.rs`: a scan keeps to its mapping, also inside of a huge page.
+//! - `kept.rs`: what KVM knows by other ways than the page tables that scans change, it keeps.
 //! - `device.rs`: a scan leaves memory alone that is not there, but on a device.
 //!
 //! Runs in a process of its own, started once scans are fast, and in a memory cgroup of its own.
 
 mod device;
+mod kept;
 mod operations;
 mod plain;
 mod vma_edges;
@@ -116,6 +118,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         operations::TESTS,
         plain::TESTS,
         vma_edges::TESTS,
+        kept::TESTS,
         device::TESTS,
     ];
     let tests: Vec<&Test> = tests
