@@ -5,8 +5,10 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::record::{Record, SIZE};
+use crate::sequence::Sequence;
 
 /// Where the recorder's files are.
 pub const ROOT: &str = "/sys/kernel/debug/mmu_notifier_trace";
@@ -98,6 +100,22 @@ impl Client {
                 let one = one.try_into().expect("a chunk is as long as a record");
                 Record::from_bytes(one)
             }));
+        }
+    }
+
+    /// All of `records` and what has been recorded since the last call. Waits, for `limit` at the most, until every start
+    /// among them has its end: another thread, or the kernel's, may be about to end what it has begun.
+    pub fn settle(&mut self, mut records: Vec<Record>, limit: Duration) -> io::Result<Sequence> {
+        let begun = Instant::now();
+        loop {
+            self.read_new(&mut records)?;
+            let sequence = Sequence::new(records);
+            let open = sequence.pairs.iter().any(|pair| pair.end.is_none());
+            if !open || begun.elapsed() > limit {
+                return Ok(sequence);
+            }
+            records = sequence.records;
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 

@@ -106,13 +106,11 @@ impl Recorded {
         event: u8,
         operation: impl FnOnce(&Machine) -> Result<()>,
     ) -> Result<u64> {
-        let mut records = Vec::new();
-        self.client.read_new(&mut records)?;
-        records.clear();
+        self.client.settle(Vec::new(), LIMIT)?;
         let before = self.machine.mapped()?;
         operation(&self.machine)?;
         let after = self.machine.mapped()?;
-        self.client.read_new(&mut records)?;
+        let records = self.client.settle(Vec::new(), LIMIT)?.records;
         let stats = self.client.stats()?;
         ensure!(stats.overwritten + stats.lost == 0, "{stats:?}");
         no_scan(records, addresses, event).map_err(anyhow::Error::msg)?;

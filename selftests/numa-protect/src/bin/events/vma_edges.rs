@@ -13,9 +13,8 @@ use guest::needs;
 use guest::{balancing, PAGE};
 use trace::check;
 use trace::client::Client;
-use trace::sequence::Sequence;
 
-use crate::{Machine, Test, RECORDS, VM};
+use crate::{Machine, Test, LIMIT, RECORDS, VM};
 
 /// The tests of this group.
 pub const TESTS: &[Test] = &[
@@ -73,15 +72,13 @@ fn edges(source: &Source, backing: Backing, pinned: Pinned) -> Result<()> {
 
     let mut client = Client::attach_self(RECORDS)?;
     let scanned = machine.scan(source)?;
-    let mut records = Vec::new();
-    client.read_new(&mut records)?;
+    let sequence = client.settle(Vec::new(), LIMIT)?;
     let stats = client.stats()?;
     ensure!(stats.overwritten + stats.lost == 0, "{stats:?}");
     drop(client);
 
     let free = SCANNED.into_iter().flatten();
     let free = free.filter(|page| !memory.is_pinned(*page)).count() as u64;
-    let sequence = Sequence::new(records);
     let reported: u64 = sequence.reports.iter().map(|one| one.pages()).sum();
     ensure!(
         (scanned.hinted, reported, scanned.dropped) == (free, free, free),

@@ -22,7 +22,6 @@ use guest::memcg::{self, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::vm::{Faults, Sweep, Vm};
 use trace::client::{Client, Stats};
-use trace::record::Record;
 use trace::sequence::Sequence;
 
 use crate::disturb::{self, Disturber};
@@ -39,7 +38,7 @@ const RECORDS: u64 = 1 << 18;
 const KEPT: usize = 1 << 22;
 /// The longest that merging pages may take before it starts.
 const MERGE: Duration = Duration::from_secs(20);
-/// How long the kernel's own threads may take to finish what the recorder saw them begin.
+/// How long the kernel's threads, which merge, collapse and page out, may take to end what the recorder saw them begin.
 const REST: Duration = Duration::from_secs(5);
 /// Counters of the machine that tell of disturbances. Nothing else runs on it that would count there.
 const VMSTAT: [&str; 5] = [
@@ -311,7 +310,7 @@ pub fn run(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
     let contents = memory.verify(&counted);
     let mut recordings = Vec::new();
     for (client, records) in &mut subscribers {
-        let sequence = settle(client, std::mem::take(records))?;
+        let sequence = client.settle(std::mem::take(records), REST)?;
         recordings.push((sequence, client.stats()?));
     }
     let recording = match (recordings.pop(), recordings.pop()) {
@@ -352,22 +351,6 @@ fn share(pages: usize, number: usize) -> Range<usize> {
 
 fn counters() -> Result<Vec<u64>> {
     VMSTAT.into_iter().map(vmstat).collect()
-}
-
-/// The whole recording. Of what was recorded, all is over that this process did, but the kernel's threads (which merge,
-/// collapse and page out) may still be about to end what they have begun.
-fn settle(client: &mut Client, mut records: Vec<Record>) -> Result<Sequence> {
-    let begun = Instant::now();
-    loop {
-        client.read_new(&mut records)?;
-        let sequence = Sequence::new(records);
-        let open = sequence.pairs.iter().any(|pair| pair.end.is_none());
-        if !open || begun.elapsed() > REST {
-            return Ok(sequence);
-        }
-        records = sequence.records;
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// Of the tasks in `sequence`, this one, and those that are there and not of this process: the kernel's.
