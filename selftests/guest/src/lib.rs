@@ -6,11 +6,13 @@
 //!
 //! - [`memory`]: guest memory of a chosen backing, on a chosen node, pinned or not, with known contents.
 //! - [`vm`]: the machine and its vCPU threads, which sweep that memory.
+//! - [`linux`]: a machine that boots Linux in that memory.
 //! - [`stats`]: KVM's binary statistics.
 //! - [`balancing`]: NUMA balancing of this process: CPUs, policies, scans.
 //! - [`memcg`]: what the memory cgroup counted of it.
 //! - [`ksm`]: merging of equal pages.
 //! - [`tracefs`]: how often a tracepoint fired.
+//! - [`spans`]: how long functions of the kernel took.
 //! - [`needs`]: what the machine must have for all that.
 //! - [`ktap`]: how results are printed.
 
@@ -19,9 +21,11 @@
 pub mod balancing;
 pub mod ksm;
 pub mod ktap;
+pub mod linux;
 pub mod memcg;
 pub mod memory;
 pub mod needs;
+pub mod spans;
 pub mod stats;
 pub mod tracefs;
 pub mod vm;

@@ -62,6 +62,11 @@ pub const KPROBE_EVENTS: Need = Need {
     path: "/sys/kernel/tracing/kprobe_events",
     remedy: "CONFIG_KPROBE_EVENTS, and tracefs mounted",
 };
+/// The time between two events.
+pub const HIST_TRIGGERS: Need = Need {
+    path: "/sys/kernel/tracing/synthetic_events",
+    remedy: "CONFIG_HIST_TRIGGERS, and tracefs mounted",
+};
 
 /// Says which of `needs` is not there, and what provides it.
 pub fn missing<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Option<String> {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How often a tracepoint fired or a function ran, counted by a tracefs instance of its own, which is removed in the end.
+//! How often a tracepoint fired or a function ran, or all that some tracepoints say, by a tracefs instance of its own, which
+//! is removed in the end.
 
 use std::fs;
 use std::io::{self, Write};
@@ -9,8 +10,8 @@ use anyhow::{Context, Result};
 
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
 const KPROBE_EVENTS: &str = "/sys/kernel/tracing/kprobe_events";
-/// The group of the events that are defined here.
-const GROUP: &str = "numa_notify";
+/// The group of the events that are defined here and in `spans.rs`.
+pub(crate) const GROUP: &str = "numa_notify";
 
 /// A tracepoint that is being counted.
 pub struct Tracepoint {
@@ -31,7 +32,7 @@ impl Tracepoint {
 
     /// Counts `event` (`SYSTEM/NAME`) where `filter` holds (Documentation/trace/events.rst), from now on.
     pub fn count(event: &str, filter: &str) -> Result<Tracepoint> {
-        let tracepoint = Tracepoint::new(None)?;
+        let tracepoint = Tracepoint::new(event, None)?;
         tracepoint.set(event, "filter", filter)?;
         tracepoint.set(event, "enable", "1")?;
         Ok(tracepoint)
@@ -44,19 +45,14 @@ impl Tracepoint {
         append(Path::new(KPROBE_EVENTS), &define).with_context(|| {
             format!("{KPROBE_EVENTS}: {define}: does this kernel have that function?")
         })?;
-        let tracepoint = Tracepoint::new(Some(Probe(event.clone())))?;
+        let tracepoint = Tracepoint::new(&event, Some(Probe(event.clone())))?;
         tracepoint.set(&event, "enable", "1")?;
         Ok(tracepoint)
     }
 
-    fn new(probe: Option<Probe>) -> Result<Tracepoint> {
-        let name = format!("{GROUP}.{}", std::process::id());
-        let instance = Path::new(INSTANCES).join(name);
-        fs::create_dir(&instance).with_context(|| {
-            format!("{}: needs root, tracefs, CONFIG_FTRACE", instance.display())
-        })?;
+    fn new(event: &str, probe: Option<Probe>) -> Result<Tracepoint> {
         Ok(Tracepoint {
-            instance,
+            instance: instance(&format!("{GROUP}.{}", event.replace('/', ".")))?,
             _probe: probe,
         })
     }
@@ -81,9 +77,61 @@ impl Tracepoint {
 
 impl Drop for Tracepoint {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir(&self.instance) {
-            eprintln!("{}: not removed: {error}", self.instance.display());
+        remove(&self.instance);
+    }
+}
+
+/// What some tracepoints say, with the time since boot as the recorder tells it.
+pub struct Events {
+    instance: PathBuf,
+}
+
+impl Events {
+    /// Collects `events` (`SYSTEM/NAME`) from now on, the newest 16 MiB on each CPU.
+    pub fn collect(events: &[&str]) -> Result<Events> {
+        let collected = Events {
+            instance: instance(&format!("{GROUP}.events"))?,
+        };
+        let settings = [("trace_clock", "mono"), ("buffer_size_kb", "16384")];
+        let enable = events
+            .iter()
+            .map(|one| (format!("events/{one}/enable"), "1"));
+        for (file, value) in settings
+            .map(|(file, value)| (file.to_string(), value))
+            .into_iter()
+            .chain(enable)
+        {
+            let path = collected.instance.join(file);
+            fs::write(&path, value).with_context(|| format!("{}: {value}", path.display()))?;
         }
+        Ok(collected)
+    }
+
+    /// Writes them to `path`, one a line, behind `heading`.
+    pub fn save(&self, heading: &str, path: &Path) -> Result<()> {
+        let trace = self.instance.join("trace");
+        let text = fs::read_to_string(&trace).with_context(|| trace.display().to_string())?;
+        fs::write(path, format!("{heading}\n{text}")).with_context(|| path.display().to_string())
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        remove(&self.instance);
+    }
+}
+
+/// A new instance of tracefs for this process.
+fn instance(name: &str) -> Result<PathBuf> {
+    let instance = Path::new(INSTANCES).join(format!("{name}.{}", std::process::id()));
+    fs::create_dir(&instance)
+        .with_context(|| format!("{}: needs root, tracefs, CONFIG_FTRACE", instance.display()))?;
+    Ok(instance)
+}
+
+fn remove(instance: &Path) {
+    if let Err(error) = fs::remove_dir(instance) {
+        eprintln!("{}: not removed: {error}", instance.display());
     }
 }
 
@@ -97,7 +145,7 @@ impl Drop for Probe {
 }
 
 /// A line to one of tracefs's files, which take it as a command.
-fn append(path: &Path, line: &str) -> io::Result<()> {
+pub(crate) fn append(path: &Path, line: &str) -> io::Result<()> {
     fs::OpenOptions::new()
         .append(true)
         .open(path)?

@@ -7,7 +7,8 @@
 //! ```text
 //! f0 ff 07    next: lock inc dword [edi]   ; count this page: a locked instruction asks for write access at once
 //! 01 f7             add edi, esi           ; on to the next page
-//! e2 f9             loop next              ; until ecx pages are done
+//! 89 0b             mov [ebx], ecx         ; how many are left, for the host to see
+//! e2 f7             loop next              ; until ecx pages are done
 //! f4                hlt                    ; leaves KVM_RUN: the pass is complete
 //! 8b 07       read: mov eax, [edi]         ; the same, without asking for write access
 //! 01 f7             add edi, esi
@@ -43,19 +44,21 @@ use crate::memory::GuestMemory;
 use crate::stats::Stats;
 use crate::{balancing, PAGE};
 
-const PROGRAM: [u8; 21] = [
-    0xf0, 0xff, 0x07, 0x01, 0xf7, 0xe2, 0xf9, 0xf4, //
+const PROGRAM: [u8; 23] = [
+    0xf0, 0xff, 0x07, 0x01, 0xf7, 0x89, 0x0b, 0xe2, 0xf7, 0xf4, //
     0x8b, 0x07, 0x01, 0xf7, 0xe2, 0xfa, 0xf4, //
     0x83, 0x3f, 0x00, 0x74, 0xfb, 0xf4,
 ];
 /// Offsets of its entries `next`, `read` and `spin`.
 const NEXT: u64 = 0;
-const READ: u64 = 8;
-const SPIN: u64 = 15;
+const READ: u64 = 10;
+const SPIN: u64 = 17;
+/// Offset of the words in which vCPUs say how many pages of their pass are left, from vCPU 0 on.
+const LEFT: usize = PAGE / 2;
 /// Offset of the word that ends `spin`.
 const STOP: usize = PAGE - 4;
 /// Where KVM may put three pages of its own on Intel processors, far above guest memory.
-const TSS_ADDRESS: usize = 0xfffb_d000;
+pub(crate) const TSS_ADDRESS: usize = 0xfffb_d000;
 /// The memory slots of guest memory and of the program, and the first that is free.
 const MEMORY_SLOT: u32 = 0;
 const PROGRAM_SLOT: u32 = 1;
@@ -365,6 +368,14 @@ impl Vm {
             .with_context(|| format!("KVM_MEM_LOG_DIRTY_PAGES to be {on}"))
     }
 
+    /// How far the vCPUs are, for a thread of its own to look at.
+    pub fn progress(&self) -> Progress {
+        Progress {
+            program: self.program.clone(),
+            vcpus: self.vcpus.len(),
+        }
+    }
+
     /// How many vCPUs it has.
     pub fn vcpus(&self) -> usize {
         self.vcpus.len()
@@ -552,6 +563,35 @@ impl Drop for GuestMemfd {
     }
 }
 
+/// How far each vCPU is with its pass.
+pub struct Progress {
+    program: Arc<Program>,
+    vcpus: usize,
+}
+
+impl Progress {
+    /// Watches the vCPUs until `stop` is set, and gives the longest time in which one of them did not reach its next page,
+    /// to about a millisecond.
+    pub fn longest_stall(&self, stop: &AtomicBool) -> Duration {
+        let left = |vcpu| self.program.left(vcpu).load(Ordering::Relaxed);
+        let mut seen: Vec<(u32, Instant)> = (0..self.vcpus)
+            .map(|vcpu| (left(vcpu), Instant::now()))
+            .collect();
+        let mut longest = Duration::ZERO;
+        while !stop.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(1));
+            for (vcpu, (last, since)) in seen.iter_mut().enumerate() {
+                longest = longest.max(since.elapsed());
+                let now = left(vcpu);
+                if now != *last {
+                    (*last, *since) = (now, Instant::now());
+                }
+            }
+        }
+        longest
+    }
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
         for vcpu in self.vcpus.drain(..) {
@@ -564,7 +604,7 @@ impl Drop for Vm {
 /// The page that holds the guest's program.
 struct Program(*mut u8);
 
-// SAFETY: the page belongs to no thread, and nobody writes to it after it was made but to an atomic word.
+// SAFETY: the page belongs to no thread, and nobody writes to it after it was made but to atomic words.
 unsafe impl Send for Program {}
 // SAFETY: as above.
 unsafe impl Sync for Program {}
@@ -591,8 +631,18 @@ impl Program {
 
     /// The word that ends `spin`.
     fn stop(&self) -> &AtomicU32 {
+        self.word(STOP)
+    }
+
+    /// The word in which vCPU `vcpu` says how many pages are left.
+    fn left(&self, vcpu: usize) -> &AtomicU32 {
+        self.word(LEFT + 4 * vcpu)
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        assert!(offset <= STOP);
         // SAFETY: inside the page and aligned; neither host nor guest uses it but as an atomic word.
-        unsafe { AtomicU32::from_ptr(self.0.add(STOP).cast()) }
+        unsafe { AtomicU32::from_ptr(self.0.add(offset).cast()) }
     }
 }
 
@@ -604,7 +654,7 @@ impl Drop for Program {
 }
 
 /// A new vCPU in 32-bit protected mode, flat, without paging.
-fn create_vcpu(vm: &VmFd, id: usize) -> Result<VcpuFd> {
+pub(crate) fn create_vcpu(vm: &VmFd, id: usize) -> Result<VcpuFd> {
     let vcpu = vm.create_vcpu(id as u64).context("KVM_CREATE_VCPU")?;
     let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
     let data = kvm_segment {
@@ -678,6 +728,7 @@ fn serve(mut guest: Vcpu, cpu: usize, inbox: &Receiver<Command>, outbox: &Sender
 impl Vcpu {
     fn sweep(&mut self, entry: u64, sweep: Sweep) -> Result<()> {
         let regs = kvm_regs {
+            rbx: self.program_address + (LEFT + 4 * self.id) as u64,
             rdi: (sweep.first * PAGE + self.id * 4) as u64,
             rsi: (sweep.stride * PAGE as isize) as u64 & 0xffff_ffff,
             rcx: sweep.count as u64,
@@ -743,7 +794,7 @@ impl Vcpu {
 }
 
 /// `VcpuFd` as something that has a descriptor.
-struct Fd<'a>(&'a VcpuFd);
+pub(crate) struct Fd<'a>(pub(crate) &'a VcpuFd);
 
 impl AsRawFd for Fd<'_> {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {

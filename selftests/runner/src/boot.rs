@@ -136,6 +136,15 @@ pub fn boot(options: &Options) -> Result<bool> {
             file.display()
         );
     }
+    let mut names = BTreeSet::new();
+    for program in &options.programs {
+        let path = program.split(',').next().unwrap_or_default();
+        let name = path.rsplit('/').next().unwrap_or_default();
+        ensure!(
+            names.insert(name),
+            "{name} is there twice, and its results have one place: boot once for each"
+        );
+    }
     let may_fail = match &options.may_fail {
         Some(list) => names::read(list)?,
         None => BTreeSet::new(),
@@ -782,6 +791,14 @@ mod tests {
             options.may_fail = Some(list);
             assert!(boot(&options).unwrap(), "{result}");
         }
+    }
+
+    #[test]
+    fn a_program_is_not_run_twice() {
+        let (_place, mut options) = options("twice", "true");
+        options.programs = vec!["p,--only=a".into(), "/bin/q".into(), "p".into()];
+        let error = boot(&options).unwrap_err().to_string();
+        assert!(error.contains("p is there twice"), "{error}");
     }
 
     #[test]

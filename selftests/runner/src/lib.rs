@@ -6,10 +6,13 @@
 
 pub mod boot;
 pub mod compare;
+pub mod designs;
 pub mod ktap;
 pub mod marker;
 pub mod mount;
 pub mod mutants;
 pub mod names;
+pub mod report;
 pub mod same;
 pub mod splat;
+pub mod timeline;

@@ -45,19 +45,26 @@ struct Mutant {
     name: String,
     /// What it breaks.
     breaks: String,
+    #[serde(flatten)]
+    expected: Expected,
+}
+
+/// A boot and what must come of it.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub(crate) struct Expected {
     /// More for the kernel's command line.
     #[serde(default)]
-    append: String,
+    pub append: String,
     /// The programs to run, `NAME` or `NAME,ARG,...`.
-    tests: Vec<String>,
+    pub tests: Vec<String>,
     /// Tests of which each must fail; `*` stands for any text, and then for at least one test.
     #[serde(default)]
-    fails: Vec<String>,
+    pub fails: Vec<String>,
     /// Tests that may fail in consequence.
     #[serde(default)]
-    may_fail: Vec<String>,
+    pub may_fail: Vec<String>,
     /// What the first line of the kernel's report must contain.
-    report: Option<String>,
+    pub report: Option<String>,
 }
 
 /// The outcome of one mutant, kept as `verdict.json` in its results folder.
@@ -116,16 +123,16 @@ fn run(options: &Options, mutant: &Mutant) -> Result<Verdict> {
         results: results.clone(),
         append: format!(
             "{} {} numa_mutant={}",
-            options.boot.append, mutant.append, mutant.name
+            options.boot.append, mutant.expected.append, mutant.name
         ),
-        programs: mutant.tests.clone(),
+        programs: mutant.expected.tests.clone(),
         ..options.boot.clone()
     })?;
     let left = [results.clone(), boot::failed(&results)];
     let folder = left.iter().find(|folder| folder.exists());
     let folder = folder.with_context(|| format!("{}: no results", results.display()))?;
     let boot = serde_json::from_slice(&fs::read(folder.join("boot.json"))?)?;
-    let (good, why) = match judge(mutant, &boot) {
+    let (good, why) = match judge(&mutant.expected, &boot) {
         Ok(why) => (true, why),
         Err(why) => (false, why),
     };
@@ -150,15 +157,15 @@ fn key(options: &Options, mutant: &Mutant) -> Result<String> {
     ))
 }
 
-/// What caught the mutant, or why it counts as not caught.
-fn judge(mutant: &Mutant, boot: &Boot) -> Result<String, String> {
+/// What was noticed, all that was expected, or what was not.
+pub(crate) fn judge(expected: &Expected, boot: &Boot) -> Result<String, String> {
     let patterns = |texts: &[String]| -> Result<Vec<Pattern>, String> {
         let parse = |text: &String| Pattern::new(text).map_err(|error| format!("{text}: {error}"));
         texts.iter().map(parse).collect()
     };
-    let (fails, may_fail) = (patterns(&mutant.fails)?, patterns(&mutant.may_fail)?);
+    let (fails, may_fail) = (patterns(&expected.fails)?, patterns(&expected.may_fail)?);
     let mut noticed = Vec::new();
-    match (&mutant.report, &boot.splat, &boot.failure) {
+    match (&expected.report, &boot.splat, &boot.failure) {
         (None, None, None) => {}
         (Some(wanted), Some(splat), _) if splat.title.contains(wanted) => {
             noticed.push(format!("`{}` in the kernel log", splat.title));
@@ -180,7 +187,7 @@ fn judge(mutant: &Mutant, boot: &Boot) -> Result<String, String> {
         .map(|test| test.name.as_str())
         .collect();
     // After a report the programs need not have come to their end.
-    if mutant.report.is_none() {
+    if expected.report.is_none() {
         for program in &boot.programs {
             if let Some(problem) = program.report.problems.first() {
                 return Err(format!("{}: {problem}", program.name));
@@ -188,7 +195,7 @@ fn judge(mutant: &Mutant, boot: &Boot) -> Result<String, String> {
         }
     }
     for pattern in &fails {
-        if !tests().any(|test| pattern.matches(&test.name)) && mutant.report.is_none() {
+        if !tests().any(|test| pattern.matches(&test.name)) && expected.report.is_none() {
             return Err(format!("no test {pattern} was run"));
         }
         if !failed.iter().any(|name| pattern.matches(name)) {
@@ -203,7 +210,7 @@ fn judge(mutant: &Mutant, boot: &Boot) -> Result<String, String> {
     }
     if !tests().any(|test| matches!(test.outcome, Outcome::Ok))
         && fails.is_empty()
-        && mutant.report.is_none()
+        && expected.report.is_none()
     {
         return Err("no test passed".into());
     }
@@ -224,10 +231,8 @@ mod tests {
     use crate::marker::Status;
     use crate::splat::Splat;
 
-    fn mutant(fails: &[&str], report: Option<&str>) -> Mutant {
-        Mutant {
-            name: "one".into(),
-            breaks: "a rule".into(),
+    fn expected(fails: &[&str], report: Option<&str>) -> Expected {
+        Expected {
             append: String::new(),
             tests: vec!["p".into()],
             fails: fails.iter().map(|one| one.to_string()).collect(),
@@ -268,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_mutant_is_caught_by_what_is_named_and_nothing_else() {
-        let wanted = mutant(&["a.*.x"], None);
+        let wanted = expected(&["a.*.x"], None);
         assert!(judge(&wanted, &boot(&["a.1.x"], &["a.2.x"], None)).is_ok());
         assert!(judge(&wanted, &boot(&["a.1.x", "a.also"], &[], None)).is_ok());
         let why = |boot| judge(&wanted, &boot).unwrap_err();
@@ -286,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_report_has_to_be_the_one_that_was_named() {
-        let wanted = mutant(&[], Some("unflushed"));
+        let wanted = expected(&[], Some("unflushed"));
         assert!(judge(&wanted, &boot(&[], &["a"], Some("WARNING: unflushed"))).is_ok());
         let why = |boot| judge(&wanted, &boot).unwrap_err();
         assert!(why(boot(&[], &["a"], Some("BUG: x"))).contains("instead"));
@@ -295,11 +300,19 @@ mod tests {
 
     #[test]
     fn a_control_fails_when_anything_does() {
-        let control = mutant(&[], None);
+        let control = expected(&[], None);
         assert!(judge(&control, &boot(&[], &["a"], None)).is_ok());
         assert!(judge(&control, &boot(&["a"], &["b"], None)).is_err());
         assert!(judge(&control, &boot(&[], &[], None)).is_err());
         assert!(judge(&control, &boot(&[], &["a"], Some("BUG: x"))).is_err());
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused() {
+        let text = "[[mutant]]\nname = 'x'\nbreaks = 'y'\ntests = []\n";
+        assert!(toml::from_str::<Spec>(text).is_ok());
+        let why = toml::from_str::<Spec>(&format!("{text}mayfail = []\n")).err();
+        assert!(why.unwrap().to_string().contains("mayfail"));
     }
 
     #[test]
@@ -310,7 +323,7 @@ mod tests {
             let control = mutant.name.starts_with("none");
             assert_eq!(
                 control,
-                mutant.fails.is_empty() && mutant.report.is_none(),
+                mutant.expected.fails.is_empty() && mutant.expected.report.is_none(),
                 "{}",
                 mutant.name
             );

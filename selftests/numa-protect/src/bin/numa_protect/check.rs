@@ -105,7 +105,10 @@ fn verdict(verdict: Verdict) -> Judgement {
 fn recorded(measured: &Measured, judge: impl FnOnce(&Sequence) -> Judgement) -> Outcome {
     match &measured.recording {
         Some((sequence, _)) => outcome(judge(sequence)),
-        None => Outcome::Skip("mmu_notifier_trace not loaded (CONFIG_RUST, insmod)".into()),
+        None => Outcome::Skip(
+            "nothing recorded: mmu_notifier_trace not loaded (CONFIG_RUST, insmod), or --profile"
+                .into(),
+        ),
     }
 }
 

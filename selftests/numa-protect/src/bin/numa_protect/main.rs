@@ -3,8 +3,8 @@
 //!
 //! Prints KTAP; see `case.rs` for what is measured and `check.rs` for what is asserted. Each case runs in a process
 //! of its own, in a memory cgroup of its own. Leaves in the folder `--results`: `numa_protect.json`, see [`Output`],
-//! and of each case, where the recorder is loaded, `CASE.records` (all its records) and `CASE.trace` (its readable
-//! trace of the stepped part).
+//! of each case, where the recorder is loaded, `CASE.records` (all its records) and `CASE.trace` (its readable trace of the
+//! stepped part), and with `--events` `CASE.events`.
 
 mod case;
 mod check;
@@ -34,6 +34,9 @@ const ALL: &[Need] = &[
     needs::SCAN_SETTINGS,
 ];
 
+/// What `--profile` cannot do without.
+const PROFILE: &[Need] = &[needs::KPROBE_EVENTS, needs::HIST_TRIGGERS];
+
 /// What a NUMA scan does to a VM.
 #[derive(Parser)]
 struct Args {
@@ -49,9 +52,18 @@ struct Args {
     /// How long the guest then runs with scans going on, in milliseconds, at the least.
     #[arg(long, default_value_t = 2000)]
     free_run: u64,
+    /// Measure what the kernel spends on scans (CONFIG_KPROBE_EVENTS, CONFIG_HIST_TRIGGERS), instead of recording them.
+    #[arg(long)]
+    profile: bool,
+    /// Also save what KVM unmapped and faulted in while the guest ran, as CASE.events, in the format of tracefs.
+    #[arg(long)]
+    events: bool,
     /// Only the cases whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
+    /// Print the cases' names, and run none.
+    #[arg(long)]
+    list: bool,
     /// Run this one case here and talk to the parent; its memory cgroup, if it has one, is given by `--memcg`.
     #[arg(long, hide = true)]
     child: Option<String>,
@@ -130,8 +142,17 @@ fn run(args: &Args) -> Result<ExitCode> {
     if cases.is_empty() {
         bail!("no case's name contains {}", args.only);
     }
+    if args.list {
+        for case in cases {
+            println!("{}", case.name());
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(reason) = args.profile.then(|| needs::missing(PROFILE)).flatten() {
+        bail!("--profile: {reason}");
+    }
     let mut ktap = Ktap::start(cases.iter().map(|case| check::tests(*case).len()).sum());
-    let recorder = trace::client::is_loaded();
+    let recorder = trace::client::is_loaded() && !args.profile;
     let settings = match needs::missing(ALL) {
         None => {
             // Where the whole machine has to be counted, this process at least adds nothing.
@@ -208,6 +229,12 @@ fn run_case(
     command.args(["--memory", &args.memory.to_string()]);
     command.args(["--steps", &args.steps.to_string()]);
     command.args(["--free-run", &args.free_run.to_string()]);
+    if args.profile {
+        command.arg("--profile");
+    }
+    if args.events {
+        command.arg("--events");
+    }
     if let Some(memcg) = &memcg {
         command.arg("--memcg").arg(memcg.path());
     }
@@ -226,6 +253,8 @@ fn run_child(name: &str, args: &Args) -> Result<()> {
         free_run: Duration::from_millis(args.free_run),
         results: args.results.clone(),
         memcg: args.memcg.clone(),
+        profile: args.profile,
+        events: args.events,
     };
     let measured = case::measure(&plan, child::progress)?;
     for (test, outcome) in check::judge(case, &measured) {

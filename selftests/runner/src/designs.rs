@@ -1,0 +1,1019 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Runs the same cells on several kernels, round by round, and compares what scans cost on each. Boots QEMU, writes the
+//! results folder and one JSON file that it is given, prints tables; touches nothing else.
+//!
+//! Each boot's results are kept as they come, so that an interrupted run goes on where it was. Rounds are interleaved:
+//! what drifts on the machine falls on all kernels alike.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, UNIX_EPOCH};
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::{Args, Parser};
+use comfy_table::{presets, Cell, CellAlignment, Table};
+use glob::Pattern;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::boot;
+use crate::ktap::Outcome;
+use crate::mutants::{judge, Expected};
+use crate::timeline::Timeline;
+
+/// What to run, and how often.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// A design to run (more than once), and the folder with its initramfs.cpio and its kernel's output folder `o`; the
+    /// first is the kernel without any
+    #[arg(long = "design", value_name = "NAME=DIR", required = true, value_parser = design)]
+    pub designs: Vec<Design>,
+    /// What is known about the designs, see selftests/numa-protect/designs.toml
+    #[arg(long)]
+    pub spec: PathBuf,
+    /// The design that the others are held against
+    #[arg(long, value_name = "NAME", default_value = "numa-protect")]
+    pub reference: String,
+    /// Only cells whose name contains this
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub cell: String,
+    /// How often each kernel is booted
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+    /// Where each boot's results go, and are found again
+    #[arg(long, value_name = "DIR")]
+    pub results: PathBuf,
+    /// Where the figures of all rounds go
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Emulation, hardware KVM, or hardware KVM where a trial boot with it works
+    #[arg(long, value_enum, default_value_t = boot::Accel::Auto)]
+    pub accel: boot::Accel,
+    /// Where the outcome of the trial boot is remembered
+    #[arg(long, value_name = "FILE")]
+    pub trial: Option<PathBuf>,
+}
+
+/// A kernel to measure.
+#[derive(Clone, Debug)]
+pub struct Design {
+    name: String,
+    folder: PathBuf,
+}
+
+fn design(text: &str) -> Result<Design> {
+    let (name, folder) = text.split_once('=').context("not NAME=DIR")?;
+    Ok(Design {
+        name: name.to_string(),
+        folder: folder.into(),
+    })
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Spec {
+    design: Vec<Note>,
+}
+
+/// What is known about a design.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Note {
+    /// Its name, the folder's in `alternatives/`.
+    pub name: String,
+    /// What it does, in one line.
+    pub idea: String,
+    /// Whose idea it is.
+    pub from: String,
+    /// What it adds to the notifiers' interface.
+    pub interface: String,
+    /// Whether guests, subscribers and hints are as well off as without it.
+    pub sound: bool,
+    /// The argument for that, in one line.
+    pub why: String,
+    /// A boot that shows it.
+    #[serde(skip_serializing)]
+    shown: Option<Expected>,
+}
+
+/// The layout of what is kept and of what is written; another one is not read.
+pub const LAYOUT: u32 = 2;
+/// The program that measures.
+const PROGRAM: &str = "numa_protect";
+/// Kinds of paging in the guest's host, and what the kernel's command line says for each.
+const PAGING: &[(&str, &str)] = &[("nested", ""), ("shadow", "kvm_amd.npt=0 kvm_intel.ept=0")];
+/// The program that boots Linux, how often in all rounds together, and what is compared of it.
+const BOOTS_PROGRAM: &str = "linux_boots";
+const BOOTS: u32 = 10;
+const BOOT_COLUMNS: &[(&str, &str)] = &[
+    ("unmap calls", "unmap_calls"),
+    ("flush requests", "flush_requests"),
+    ("faults", "faults"),
+];
+/// The cell of which a scan is drawn, and the design for which it is, beside the first and the reference.
+const DRAWN_CELL: &str = "anon.pinned_half";
+const DRAWN: &str = "rfc-v2";
+/// Its tests that hold for every sound design.
+const SOUND: &[&str] = &["*.vm.*", "*.guest.*"];
+
+/// What is better in a column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Better {
+    /// A smaller number.
+    Less,
+    /// A larger number.
+    More,
+    /// The scan's own work, which no design is there to change.
+    Neither,
+}
+
+/// How a column's values are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// As they are.
+    Count,
+    /// As a ratio to the first design's of the same round.
+    Time,
+}
+
+/// A column of the tables.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Title {
+    /// What is counted; `/scan` is per scan of all of the guest's memory.
+    pub title: String,
+    /// How values are compared.
+    pub kind: Kind,
+    /// What is better.
+    pub better: Better,
+}
+
+/// A column, and how to get its value from what the program wrote of a cell.
+struct Column {
+    title: &'static str,
+    kind: Kind,
+    better: Better,
+    value: fn(&Value) -> Option<f64>,
+}
+
+const COLUMNS: &[Column] = &[
+    count("notifier calls/scan", Better::Less, |cell| {
+        per_scan(cell, |step| step["cost"]["notifier_calls"].as_f64())
+    }),
+    count("hinted/scan", Better::Neither, |cell| {
+        per_scan(cell, |step| step["hinted"].as_f64())
+    }),
+    count("dropped/scan", Better::Less, |cell| {
+        per_scan(cell, |step| step["dropped"].as_f64())
+    }),
+    count("dropped, not hinted/scan", Better::Less, |cell| {
+        per_scan(cell, |step| {
+            Some((step["dropped"].as_f64()? - step["hinted"].as_f64()?).max(0.0))
+        })
+    }),
+    count("faults/scan", Better::Less, |cell| {
+        per_scan(cell, |step| step["faults"].as_f64())
+    }),
+    count("flush requests/scan", Better::Less, |cell| {
+        per_scan(cell, |step| step["flush_requests_scan"].as_f64())
+    }),
+    count("mmu_lock writes/scan", Better::Less, |cell| {
+        per_scan(cell, |step| step["cost"]["lock_writes"].as_f64())
+    }),
+    count("migrated", Better::Neither, |cell| {
+        cell["migrated"].as_f64()
+    }),
+    count("running: retries/scan", Better::Less, |cell| {
+        running(cell, |run| run["cost"]["retries"].as_f64())
+    }),
+    count("running: flush requests/scan", Better::Less, |cell| {
+        running(cell, |run| run["flush_requests"].as_f64())
+    }),
+    time("mmu_lock held", Better::Less, |cell| {
+        per_scan(cell, |step| step["cost"]["lock_held_ns"].as_f64())
+    }),
+    time("task_numa_work()", Better::Less, |cell| {
+        per_scan(cell, |step| step["cost"]["scan_ns"].as_f64())
+    }),
+    time("running: progress", Better::More, |cell| {
+        let run = &cell["free_run"];
+        Some(run["passes"].as_f64()? / run["elapsed_s"].as_f64()?)
+    }),
+    time("running: longest stall", Better::Less, |cell| {
+        cell["free_run"]["longest_stall_s"].as_f64()
+    }),
+];
+
+const fn count(title: &'static str, better: Better, value: fn(&Value) -> Option<f64>) -> Column {
+    let kind = Kind::Count;
+    Column {
+        title,
+        kind,
+        better,
+        value,
+    }
+}
+
+const fn time(title: &'static str, better: Better, value: fn(&Value) -> Option<f64>) -> Column {
+    let kind = Kind::Time;
+    Column {
+        title,
+        kind,
+        better,
+        value,
+    }
+}
+
+/// A sum over the steps of a cell, divided by their scans.
+fn per_scan(cell: &Value, figure: impl Fn(&Value) -> Option<f64>) -> Option<f64> {
+    let (mut sum, mut scans) = (0.0, 0.0);
+    for step in cell["each_step"].as_array()? {
+        sum += figure(step)?;
+        scans += step["scans"].as_f64()?;
+    }
+    (scans > 0.0).then(|| sum / scans)
+}
+
+/// The same for the part in which the guest runs freely.
+fn running(cell: &Value, figure: impl Fn(&Value) -> Option<f64>) -> Option<f64> {
+    let run = &cell["free_run"];
+    let scans = run["scans"].as_f64()?;
+    (scans > 0.0).then_some(figure(run)? / scans)
+}
+
+/// What one boot left.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Kept {
+    layout: u32,
+    /// Of the kernel and the programs.
+    key: String,
+    /// Why the kernel or the program failed, if it did. Such a boot is done again when it is asked for again.
+    failure: Option<String>,
+    /// The tests of the program that held.
+    held: Vec<String>,
+    /// Those that did not.
+    failed: Vec<String>,
+    /// By name: what the program measured.
+    cells: BTreeMap<String, Value>,
+    /// Whether what was said to show the design's fault did, and how, or why not.
+    shown: Option<Result<String, String>>,
+    /// By group: what was counted in each boot of Linux.
+    boots: BTreeMap<String, Vec<Value>>,
+    /// What was to be drawn.
+    timeline: Option<Timeline>,
+}
+
+/// What a boot is for.
+#[derive(Clone, Copy, Debug)]
+enum Purpose<'a> {
+    /// To measure the cells, with this paging in the guest's host.
+    Measure(&'static str),
+    /// To boot Linux in a VM.
+    Boots,
+    /// To show what is wrong with a design.
+    Show(&'a Expected),
+    /// To draw a scan.
+    Draw,
+}
+
+/// One boot of the plan.
+#[derive(Clone, Debug)]
+struct Boot<'a> {
+    design: &'a Design,
+    /// The name of its results, after the design's.
+    name: String,
+    purpose: Purpose<'a>,
+    append: String,
+    programs: Vec<String>,
+}
+
+/// Runs what is missing, compares, prints, writes; whether every boot came to its end.
+pub fn designs(options: &Options) -> Result<bool> {
+    let notes = notes(options)?;
+    let plan = plan(options, &notes);
+    let mut kept = Vec::new();
+    let mut missing = Vec::new();
+    for one in &plan {
+        match find(options, one)? {
+            Some(found) => kept.push((one.clone(), found)),
+            None => missing.push(one),
+        }
+    }
+    let begun = Instant::now();
+    for (done, one) in missing.iter().enumerate() {
+        let left = match done {
+            0 => String::new(),
+            _ => {
+                let each = begun.elapsed() / done as u32;
+                let left = each * (missing.len() - done) as u32;
+                format!(", about {} min left", left.as_secs().div_ceil(60))
+            }
+        };
+        let (number, of) = (done + 1, missing.len());
+        let design = &one.design.name;
+        eprintln!("==> boot {number} of {of}{left}: {design}, {}", one.name);
+        kept.push(((*one).clone(), run(options, one)?));
+    }
+    let data = Data::new(options, &notes, &kept);
+    data.print(&options.reference);
+    let temporary = options.output.with_extension("tmp");
+    fs::write(&temporary, serde_json::to_vec_pretty(&data)?)
+        .and_then(|()| fs::rename(&temporary, &options.output))
+        .with_context(|| options.output.display().to_string())?;
+    let mut good = true;
+    for (one, kept) in &kept {
+        let not_shown = kept.shown.as_ref().and_then(|shown| shown.as_ref().err());
+        for failure in kept.failure.iter().chain(not_shown) {
+            eprintln!("error: {}, {}: {failure}", one.design.name, one.name);
+            good = false;
+        }
+    }
+    Ok(good)
+}
+
+/// What is known about the designs, in the order in which they were named.
+fn notes(options: &Options) -> Result<Vec<Note>> {
+    let path = &options.spec;
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let spec: Spec = toml::from_str(&text).with_context(|| path.display().to_string())?;
+    let known = |name: &str| spec.design.iter().find(|note| note.name == name);
+    let named = |name: &str| options.designs.iter().any(|design| design.name == name);
+    ensure!(
+        named(&options.reference),
+        "--reference {}: not one of the designs to run",
+        options.reference
+    );
+    options
+        .designs
+        .iter()
+        .map(|design| {
+            let note = known(&design.name);
+            let name = &design.name;
+            note.cloned()
+                .with_context(|| format!("{}: says nothing about {name}", path.display()))
+        })
+        .collect()
+}
+
+/// Every boot, in order.
+fn plan<'a>(options: &'a Options, notes: &'a [Note]) -> Vec<Boot<'a>> {
+    let measure = format!(
+        "{PROGRAM},--profile,--steps=2,--free-run=1000,--only={}",
+        options.cell
+    );
+    let mut plan = Vec::new();
+    for round in 1..=options.rounds {
+        for (paging, append) in PAGING {
+            plan.extend(options.designs.iter().map(|design| Boot {
+                design,
+                name: format!("{paging}-paging.round-{round}"),
+                purpose: Purpose::Measure(paging),
+                append: append.to_string(),
+                programs: vec![measure.clone()],
+            }));
+        }
+    }
+    if options.cell.is_empty() {
+        for round in 1..=options.rounds {
+            plan.extend(options.designs.iter().map(|design| Boot {
+                design,
+                name: format!("{BOOTS_PROGRAM}.round-{round}"),
+                purpose: Purpose::Boots,
+                append: String::new(),
+                programs: vec![format!(
+                    "{BOOTS_PROGRAM},--boots={}",
+                    BOOTS.div_ceil(options.rounds)
+                )],
+            }));
+        }
+    }
+    for (design, note) in options.designs.iter().zip(notes) {
+        plan.extend(note.shown.as_ref().map(|expected| Boot {
+            design,
+            name: "shown".into(),
+            purpose: Purpose::Show(expected),
+            append: expected.append.clone(),
+            programs: expected.tests.clone(),
+        }));
+    }
+    let drawn = [&options.designs[0].name, DRAWN, &options.reference];
+    let is_drawn = |design: &&Design| drawn.contains(&&design.name[..]);
+    plan.extend(options.designs.iter().filter(is_drawn).map(|design| Boot {
+        design,
+        name: "timeline".into(),
+        purpose: Purpose::Draw,
+        append: String::new(),
+        programs: vec![format!("{PROGRAM},--events,--steps=2,--only={DRAWN_CELL}")],
+    }));
+    plan
+}
+
+fn place(options: &Options, one: &Boot) -> PathBuf {
+    options
+        .results
+        .join(format!("{}.{}", one.design.name, one.name))
+}
+
+/// What is kept of this boot, if it is of the same kernel and programs and came to its end.
+fn find(options: &Options, one: &Boot) -> Result<Option<Kept>> {
+    let file = place(options, one).join("kept.json");
+    let Ok(text) = fs::read(&file) else {
+        return Ok(None);
+    };
+    let value: Value = serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+    if value["layout"] != LAYOUT {
+        bail!(
+            "{}: layout {}, and this reads layout {LAYOUT} only: move {} away, or remove it",
+            file.display(),
+            value["layout"],
+            options.results.display()
+        );
+    }
+    let kept: Kept = serde_json::from_value(value).with_context(|| file.display().to_string())?;
+    Ok((kept.key == key(one)? && kept.failure.is_none()).then_some(kept))
+}
+
+/// The kernel and the initramfs.
+fn files(design: &Design) -> [PathBuf; 2] {
+    ["o/arch/x86/boot/bzImage", "initramfs.cpio"].map(|file| design.folder.join(file))
+}
+
+/// Says what results depend on.
+fn key(one: &Boot) -> Result<String> {
+    let mut key = format!("{} {}", one.append, one.programs.join(" "));
+    for path in files(one.design) {
+        let about = fs::metadata(&path)
+            .with_context(|| format!("{}: no such design was built", path.display()))?;
+        let time = about.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+        key += &format!("; {} {time}", about.len());
+    }
+    if let Purpose::Show(expected) = one.purpose {
+        key += &serde_json::to_string(expected)?;
+    }
+    Ok(key)
+}
+
+/// [`boot::Options`] with what its arguments default to.
+#[derive(Parser)]
+struct BootOptions {
+    #[command(flatten)]
+    boot: boot::Options,
+}
+
+fn run(options: &Options, one: &Boot) -> Result<Kept> {
+    let results = place(options, one);
+    let [kernel, initrd] = files(one.design);
+    let mut arguments = vec!["boot".into(), "--kernel".into(), kernel.into_os_string()];
+    arguments.extend(["--initrd".into(), initrd.into_os_string()]);
+    arguments.extend(["--results".into(), results.clone().into_os_string()]);
+    let defaults = BootOptions::try_parse_from(arguments)?.boot;
+    let key = key(one)?;
+    fs::create_dir_all(&options.results).with_context(|| options.results.display().to_string())?;
+    boot::boot(&boot::Options {
+        name: format!("{}, {}", one.design.name, one.name),
+        accel: options.accel,
+        trial: options.trial.clone(),
+        append: one.append.clone(),
+        programs: one.programs.clone(),
+        ..defaults
+    })?;
+    let left = [results.clone(), boot::failed(&results)];
+    let folder = left.iter().find(|folder| folder.exists());
+    let folder = folder.with_context(|| format!("{}: no results", results.display()))?;
+    let kept = summarise(key, one, folder)?;
+    fs::create_dir_all(&results)?;
+    fs::write(results.join("kept.json"), serde_json::to_vec(&kept)?)
+        .with_context(|| results.display().to_string())?;
+    Ok(kept)
+}
+
+fn summarise(key: String, one: &Boot, folder: &Path) -> Result<Kept> {
+    let boot: boot::Boot = serde_json::from_slice(&fs::read(folder.join("boot.json"))?)?;
+    let tests = |wanted: fn(&Outcome) -> bool| {
+        boot.programs
+            .iter()
+            .flat_map(|program| &program.report.tests)
+            .filter(|test| wanted(&test.outcome))
+            .map(|test| test.name.clone())
+            .collect()
+    };
+    let mut cells = BTreeMap::new();
+    let file = folder.join(format!("{PROGRAM}.json"));
+    if let Ok(text) = fs::read(&file) {
+        let value: Value =
+            serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+        for cell in value["cases"].as_array().into_iter().flatten() {
+            if let Some(name) = cell["name"].as_str() {
+                cells.insert(name.to_string(), cell.clone());
+            }
+        }
+    }
+    let mut boots = BTreeMap::new();
+    let file = folder.join(format!("{BOOTS_PROGRAM}.json"));
+    if let Ok(text) = fs::read(&file) {
+        let value: Value =
+            serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
+        for group in value["groups"].as_array().into_iter().flatten() {
+            if let (Some(name), Some(some)) = (group["name"].as_str(), group["boots"].as_array()) {
+                boots.insert(name.to_string(), some.clone());
+            }
+        }
+    }
+    let failure = match one.purpose {
+        Purpose::Boots if boots.is_empty() => Some("nothing was measured".to_string()),
+        Purpose::Measure(_) if cells.is_empty() => Some("nothing was measured".to_string()),
+        _ => None,
+    };
+    let timeline = || {
+        let file = |extension| folder.join(format!("{DRAWN_CELL}.{extension}"));
+        Timeline::read(&file("records"), &file("events"))
+    };
+    Ok(Kept {
+        layout: LAYOUT,
+        key,
+        held: tests(|outcome| matches!(outcome, Outcome::Ok)),
+        failed: tests(|outcome| matches!(outcome, Outcome::NotOk(_))),
+        cells,
+        shown: match one.purpose {
+            Purpose::Show(expected) => Some(judge(expected, &boot)),
+            _ => None,
+        },
+        boots,
+        timeline: match one.purpose {
+            Purpose::Draw if boot.failure.is_none() => Some(timeline()?),
+            _ => None,
+        },
+        // A report of the kernel may be what a boot has to show.
+        failure: match one.purpose {
+            Purpose::Show(_) => None,
+            _ => boot.failure.or(failure),
+        },
+    })
+}
+
+/// By design: for each column, the value of each round.
+pub type Rounds = BTreeMap<String, Vec<Vec<f64>>>;
+
+/// What was measured of one cell on one kind of paging.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Measured {
+    /// `nested` or `shadow`.
+    pub paging: String,
+    /// The cell's name.
+    pub cell: String,
+    /// The values.
+    pub values: Rounds,
+}
+
+/// How a design did in the tests that every sound one holds, and what shows the fault of one that is not.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Evidence {
+    /// How many results of such tests were good, in all rounds.
+    pub held: usize,
+    /// The tests that failed, and how often.
+    pub failed: BTreeMap<String, usize>,
+    /// What showed the fault.
+    pub shown: Option<String>,
+}
+
+/// What came of all boots, as it is written and read again for the report.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Data {
+    /// [`LAYOUT`]
+    pub layout: u32,
+    /// How often each kernel was booted.
+    pub rounds: u32,
+    /// The columns.
+    pub columns: Vec<Title>,
+    /// The designs.
+    pub designs: Vec<Note>,
+    /// By design.
+    pub evidence: BTreeMap<String, Evidence>,
+    /// By design, of some: one scan of half pinned anonymous memory while the guest runs.
+    pub timelines: BTreeMap<String, Timeline>,
+    /// By design and group, of boots of Linux: for each of the columns [`Data::boot_columns`], the value of each boot.
+    pub boots: BTreeMap<String, Rounds>,
+    /// What was counted of them.
+    pub boot_columns: Vec<String>,
+    /// The cells.
+    pub measured: Vec<Measured>,
+}
+
+impl Data {
+    fn new(options: &Options, designs: &[Note], kept: &[(Boot, Kept)]) -> Data {
+        let sound: Vec<Pattern> = SOUND
+            .iter()
+            .map(|one| Pattern::new(one).expect("a pattern"))
+            .collect();
+        let is_sound = |name: &&String| sound.iter().any(|one| one.matches(name));
+        let mut evidence: BTreeMap<String, Evidence> = BTreeMap::new();
+        let mut measured: BTreeMap<(&str, &str), Rounds> = BTreeMap::new();
+        let mut timelines = BTreeMap::new();
+        let mut boots: BTreeMap<String, Rounds> = BTreeMap::new();
+        for (boot, one) in kept {
+            let about = evidence.entry(boot.design.name.clone()).or_default();
+            if let Some(shown) = &one.shown {
+                about.shown = shown.as_ref().ok().cloned();
+            }
+            timelines.extend(
+                one.timeline
+                    .clone()
+                    .map(|one| (boot.design.name.clone(), one)),
+            );
+            for (group, some) in &one.boots {
+                let columns = boots
+                    .entry(boot.design.name.clone())
+                    .or_default()
+                    .entry(group.clone())
+                    .or_insert_with(|| vec![Vec::new(); BOOT_COLUMNS.len()]);
+                for ((_, field), values) in BOOT_COLUMNS.iter().zip(columns) {
+                    values.extend(some.iter().filter_map(|one| one[*field].as_f64()));
+                }
+            }
+            let Purpose::Measure(paging) = boot.purpose else {
+                continue;
+            };
+            about.held += one.held.iter().filter(is_sound).count();
+            for name in one.failed.iter().filter(is_sound) {
+                *about.failed.entry(name.clone()).or_default() += 1;
+            }
+            let base = kept.iter().find(|(other, _)| {
+                other.name == boot.name && other.design.name == options.designs[0].name
+            });
+            for (name, cell) in &one.cells {
+                let base = base.and_then(|(_, kept)| kept.cells.get(name));
+                let columns = measured
+                    .entry((paging, name))
+                    .or_default()
+                    .entry(boot.design.name.clone())
+                    .or_insert_with(|| vec![Vec::new(); COLUMNS.len()]);
+                for (column, rounds) in COLUMNS.iter().zip(columns) {
+                    let value = (column.value)(cell);
+                    rounds.extend(match column.kind {
+                        Kind::Count => value,
+                        Kind::Time => value
+                            .zip(base.and_then(column.value))
+                            .filter(|(_, base)| *base > 0.0)
+                            .map(|(value, base)| value / base),
+                    });
+                }
+            }
+        }
+        Data {
+            layout: LAYOUT,
+            rounds: options.rounds,
+            columns: COLUMNS
+                .iter()
+                .map(|column| Title {
+                    title: column.title.into(),
+                    kind: column.kind,
+                    better: column.better,
+                })
+                .collect(),
+            designs: designs.to_vec(),
+            evidence,
+            timelines,
+            boots,
+            boot_columns: BOOT_COLUMNS.iter().map(|one| one.0.into()).collect(),
+            measured: measured
+                .into_iter()
+                .map(|((paging, cell), values)| Measured {
+                    paging: paging.into(),
+                    cell: cell.into(),
+                    values,
+                })
+                .collect(),
+        }
+    }
+
+    /// Where another design is better than `reference` in something that is not a time, outside the noise: paging, cell,
+    /// column, that design, and both.
+    pub fn worse(&self, reference: &str) -> Vec<(&Measured, &Title, &str, [Spread; 2])> {
+        let mut worse = Vec::new();
+        for measured in &self.measured {
+            let Some(ours) = measured.values.get(reference) else {
+                continue;
+            };
+            for (index, column) in self.columns.iter().enumerate() {
+                let Some(own) = Spread::of(&ours[index]) else {
+                    continue;
+                };
+                for (design, values) in &measured.values {
+                    let Some(other) = Spread::of(&values[index]) else {
+                        continue;
+                    };
+                    let is_worse = match column.better {
+                        Better::Less => own.mean > other.mean,
+                        Better::More => own.mean < other.mean,
+                        Better::Neither => false,
+                    };
+                    if column.kind == Kind::Count && is_worse && own.differs(other) {
+                        worse.push((measured, column, &design[..], [own, other]));
+                    }
+                }
+            }
+        }
+        worse
+    }
+
+    fn print(&self, reference: &str) {
+        if !self.boots.is_empty() {
+            let mut table = Table::new();
+            table.load_preset(presets::ASCII_MARKDOWN);
+            let titles = self.boot_titles();
+            table.set_header(std::iter::once("design").chain(titles.iter().map(|one| &one[..])));
+            for (name, texts) in self.boot_rows() {
+                let texts = texts
+                    .into_iter()
+                    .map(|text| Cell::new(text).set_alignment(CellAlignment::Right));
+                table.add_row(std::iter::once(Cell::new(name)).chain(texts));
+            }
+            println!("\nBoots of Linux in a VM that is scanned\n\n{table}");
+        }
+        for measured in &self.measured {
+            let mut table = Table::new();
+            table.load_preset(presets::ASCII_MARKDOWN);
+            let titles = self.columns.iter().map(|column| &column.title[..]);
+            table.set_header(std::iter::once("design").chain(titles));
+            for note in &self.designs {
+                let Some(columns) = measured.values.get(&note.name) else {
+                    continue;
+                };
+                let texts = (0..self.columns.len()).map(|index| {
+                    let text = self.text(measured, columns, index, reference);
+                    Cell::new(text).set_alignment(CellAlignment::Right)
+                });
+                table.add_row(std::iter::once(Cell::new(&note.name)).chain(texts));
+            }
+            println!("\n{}, {} paging\n\n{table}", measured.cell, measured.paging);
+        }
+        println!(
+            "\nMean and standard deviation over {} rounds. `*`: no round of it is within the range of those of {reference}.\n\
+             Times are ratios to {} in the same round.\n",
+            self.rounds, self.designs[0].name
+        );
+        for note in &self.designs {
+            let sound = if note.sound { "sound" } else { "not sound" };
+            println!(
+                "{}: {sound}: {} ({})",
+                note.name,
+                note.why,
+                self.seen(&note.name)
+            );
+        }
+        println!();
+        let worse = self.worse(reference);
+        for (measured, column, design, [own, other]) in &worse {
+            println!(
+                "{reference} is worse than {design}: {}, {} paging, {}: {} instead of {}",
+                measured.cell,
+                measured.paging,
+                column.title,
+                own.text(column.kind),
+                other.text(column.kind)
+            );
+        }
+        if worse.is_empty() {
+            println!("{reference} is best or level in every count of every cell.");
+        }
+    }
+
+    /// The titles of the table of boots: each column for each group.
+    pub fn boot_titles(&self) -> Vec<String> {
+        let groups = self
+            .boots
+            .values()
+            .next()
+            .into_iter()
+            .flat_map(BTreeMap::keys);
+        groups
+            .flat_map(|group| {
+                self.boot_columns
+                    .iter()
+                    .map(move |one| format!("{group}: {one}"))
+            })
+            .collect()
+    }
+
+    /// Its rows: a design's name, and mean and deviation of each column.
+    pub fn boot_rows(&self) -> Vec<(&str, Vec<String>)> {
+        let designs = self.designs.iter().map(|note| &note.name[..]);
+        designs
+            .filter_map(|name| {
+                let columns = self.boots.get(name)?.values().flatten();
+                let text = |values: &Vec<f64>| {
+                    Spread::of(values).map_or("-".into(), |spread| spread.text(Kind::Count))
+                };
+                Some((name, columns.map(text).collect()))
+            })
+            .collect()
+    }
+
+    /// One value of a table, with its mark.
+    pub fn text(
+        &self,
+        measured: &Measured,
+        columns: &[Vec<f64>],
+        index: usize,
+        reference: &str,
+    ) -> String {
+        let other = measured.values.get(reference);
+        let other = other.and_then(|columns| Spread::of(&columns[index]));
+        let kind = self.columns[index].kind;
+        match (Spread::of(&columns[index]), other) {
+            (None, _) => "-".to_string(),
+            (Some(spread), Some(other)) if spread.differs(other) => {
+                format!("{}*", spread.text(kind))
+            }
+            (Some(spread), _) => format!("{} ", spread.text(kind)),
+        }
+    }
+
+    /// What was seen of whether a design is sound.
+    pub fn seen(&self, name: &str) -> String {
+        let Some(seen) = self.evidence.get(name) else {
+            return String::new();
+        };
+        let mut text = seen.shown.iter().cloned().collect::<Vec<_>>();
+        text.push(format!("{} results of tests held", seen.held));
+        text.extend(
+            seen.failed
+                .iter()
+                .map(|(name, times)| format!("{name} failed {times} times")),
+        );
+        text.join("; ")
+    }
+}
+
+/// What all rounds gave for one value.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// Their mean.
+    pub mean: f64,
+    /// Their standard deviation.
+    pub deviation: f64,
+    /// The smallest.
+    pub least: f64,
+    /// The largest.
+    pub most: f64,
+    rounds: usize,
+}
+
+impl Spread {
+    /// Of these, if there are any.
+    pub fn of(values: &[f64]) -> Option<Spread> {
+        if values.is_empty() {
+            return None;
+        }
+        let count = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / count;
+        let squares = values
+            .iter()
+            .map(|value| (value - mean).powi(2))
+            .sum::<f64>();
+        Some(Spread {
+            mean,
+            deviation: match values.len() {
+                1 => 0.0,
+                _ => (squares / (count - 1.0)).sqrt(),
+            },
+            least: values.iter().copied().fold(f64::INFINITY, f64::min),
+            most: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            rounds: values.len(),
+        })
+    }
+
+    /// Whether their ranges lie apart. One round alone does not say what is noise.
+    pub fn differs(self, other: Spread) -> bool {
+        self.rounds.min(other.rounds) > 1 && (self.least > other.most || self.most < other.least)
+    }
+
+    /// Mean and standard deviation, in words.
+    pub fn text(self, kind: Kind) -> String {
+        let number = |value: f64| match kind {
+            Kind::Time => format!("{value:.2}"),
+            Kind::Count if value >= 100.0 || value.fract() == 0.0 => format!("{value:.0}"),
+            Kind::Count => format!("{value:.1}"),
+        };
+        match self.deviation {
+            deviation if deviation > 0.0 => format!("{} ±{}", number(self.mean), number(deviation)),
+            _ => number(self.mean),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spread(values: &[f64]) -> Spread {
+        Spread::of(values).unwrap()
+    }
+
+    #[test]
+    fn a_difference_within_the_noise_is_none() {
+        assert!(!spread(&[1.0, 3.0]).differs(spread(&[2.0, 4.0])));
+        assert!(spread(&[1.0, 1.1]).differs(spread(&[2.0, 2.1])));
+        assert!(spread(&[5.0, 5.0]).differs(spread(&[6.0, 6.0])));
+        assert!(!spread(&[5.0, 5.0]).differs(spread(&[5.0, 5.0])));
+        assert!(!spread(&[5.0]).differs(spread(&[6.0])));
+        assert_eq!(Spread::of(&[]), None);
+    }
+
+    #[test]
+    fn spreads_are_printed_as_what_they_are() {
+        assert_eq!(spread(&[1.0]).text(Kind::Count), "1");
+        assert_eq!(spread(&[1.0, 2.0]).text(Kind::Count), "1.5 ±0.7");
+        assert_eq!(spread(&[1.0, 1.0]).text(Kind::Time), "1.00");
+    }
+
+    #[test]
+    fn figures_are_divided_by_the_scans() {
+        let cell = serde_json::json!({
+            "each_step": [{"scans": 2, "hinted": 10, "dropped": 14}, {"scans": 3, "hinted": 10, "dropped": 6}],
+            "free_run": {"scans": 4, "flush_requests": 2, "passes": 6, "elapsed_s": 1.5},
+            "migrated": 7,
+        });
+        let value = |title: &str| {
+            let column = COLUMNS.iter().find(|column| column.title == title);
+            (column.unwrap().value)(&cell)
+        };
+        assert_eq!(value("hinted/scan"), Some(4.0));
+        assert_eq!(value("dropped, not hinted/scan"), Some(0.8));
+        assert_eq!(value("running: flush requests/scan"), Some(0.5));
+        assert_eq!(value("running: progress"), Some(4.0));
+        assert_eq!(value("migrated"), Some(7.0));
+        assert_eq!(value("mmu_lock writes/scan"), None);
+    }
+
+    /// Two designs with these rounds of one column each.
+    fn data(column: Column, ours: &[f64], theirs: &[f64]) -> Data {
+        let values = [("ours", ours), ("theirs", theirs)];
+        Data {
+            layout: LAYOUT,
+            rounds: 2,
+            columns: vec![Title {
+                title: column.title.into(),
+                kind: column.kind,
+                better: column.better,
+            }],
+            designs: vec![],
+            evidence: BTreeMap::new(),
+            timelines: BTreeMap::new(),
+            boots: BTreeMap::new(),
+            boot_columns: vec![],
+            measured: vec![Measured {
+                paging: "nested".into(),
+                cell: "anon".into(),
+                values: values
+                    .map(|(name, rounds)| (name.to_string(), vec![rounds.to_vec()]))
+                    .into(),
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_worse_is_named() {
+        let less = || count("faults", Better::Less, |_| None);
+        assert_eq!(
+            data(less(), &[2.0, 3.0], &[1.0, 1.0]).worse("ours").len(),
+            1
+        );
+        assert_eq!(
+            data(less(), &[1.0, 1.0], &[2.0, 3.0]).worse("ours").len(),
+            0
+        );
+        assert_eq!(
+            data(less(), &[1.0, 3.0], &[1.0, 1.0]).worse("ours").len(),
+            0
+        );
+        let more = || count("progress", Better::More, |_| None);
+        assert_eq!(
+            data(more(), &[1.0, 1.0], &[2.0, 3.0]).worse("ours").len(),
+            1
+        );
+        let neither = || count("hinted", Better::Neither, |_| None);
+        assert_eq!(
+            data(neither(), &[2.0, 3.0], &[1.0, 1.0])
+                .worse("ours")
+                .len(),
+            0
+        );
+        let taken = || time("held", Better::Less, |_| None);
+        assert_eq!(
+            data(taken(), &[2.0, 3.0], &[1.0, 1.0]).worse("ours").len(),
+            0
+        );
+    }
+
+    #[test]
+    fn the_specification_is_read() {
+        let text = include_str!("../../numa-protect/designs.toml");
+        let spec: Spec = toml::from_str(text).unwrap();
+        for note in &spec.design {
+            assert!(note.sound || note.shown.is_some(), "{}", note.name);
+        }
+    }
+}
