@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
 
 LLVM ?= 1
-export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
+export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
@@ -45,6 +45,12 @@ test-matrix: modules selftests ## Both kernels again: without nested paging, pre
 
 test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (hours; TESTS="kvm:NAME ...": only these)
 	@scripts/kselftest $(TESTS)
+
+compare: modules selftests ## Every design in patches/v7.3/alternatives and numa-protect, the same cells on each, N= rounds (DESIGNS=, CELL=)
+	@scripts/designs $(DESIGNS)
+
+report: selftests ## What make compare measured (DATA=FILE: an earlier run), as build/report/index.html and its figures
+	@scripts/report $(DATA)
 
 test-arches: ## What the series touches, compiled for other architectures and with options off
 	@scripts/kernel-tree unpatched
@@ -89,4 +95,4 @@ clean: ## Remove what was built; kernel trees with changes of your own are kept
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot compare report patches-apply patches-export checkpatch clean distclean
