@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Cases of a test program that run in processes of their own: what they tell, and how it is heard; starts and ends
-//! the process it is given.
+//! the process it is given, and reads where it hangs.
 
 #![deny(missing_docs)]
 
 use std::collections::HashMap;
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{channel, RecvTimeoutError};
@@ -54,6 +55,29 @@ pub fn outcome(test: &str, outcome: Outcome) {
     tell(&Message::<()>::Result { test, outcome });
 }
 
+/// Where in the kernel each thread of the process `pid` is: what it waits for, if it hangs there.
+fn show_stacks(name: &str, pid: u32) {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    for task in tasks.into_iter().flatten().flatten() {
+        let read = |file| fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        let (comm, stat, stack) = (read("comm"), read("stat"), read("stack"));
+        let state = stat
+            .rsplit(')')
+            .next()
+            .and_then(|rest| rest.split_whitespace().next());
+        let calls: Vec<&str> = stack
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(1))
+            .collect();
+        diagnostic(&format!(
+            "{name}: {} ({}): {}",
+            comm.trim(),
+            state.unwrap_or("?"),
+            calls.join(" < ")
+        ));
+    }
+}
+
 /// Runs the case `name` as `command`, prints its signs of life, puts the outcomes of its tests into `outcomes`, also of a
 /// case that does not come to its end, and gives its figures.
 pub fn run<F: DeserializeOwned>(
@@ -90,6 +114,7 @@ pub fn run<F: DeserializeOwned>(
         }
     };
     if silent {
+        show_stacks(name, child.id());
         child.kill().context("stop the case's process")?;
     }
     let status = child.wait().context("wait for the case's process")?;
