@@ -5,13 +5,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 
-use crate::tracefs::{append, GROUP};
+use crate::tracefs::{all_hit, append, GROUP};
 
 const TRACEFS: &str = "/sys/kernel/tracing";
-/// What functions the kernel has.
-const SYMBOLS: &str = "/proc/kallsyms";
 
 /// What was counted of a function, or of the time between two.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,24 +22,15 @@ pub struct Span {
 
 /// Spans that are being counted.
 pub struct Spans {
-    names: Vec<&'static str>,
     /// What to write where to get rid of them, in this order.
     undo: Vec<(PathBuf, String)>,
 }
 
 impl Spans {
-    /// Counts each call of each of `functions` from now on, and of none that this kernel has not.
+    /// Counts each call of each of `functions` from now on.
     pub fn new(functions: &[&'static str]) -> Result<Spans> {
-        let mut spans = Spans {
-            names: Vec::new(),
-            undo: Vec::new(),
-        };
-        let symbols = fs::read_to_string(SYMBOLS).context(SYMBOLS)?;
-        let is_there = |function: &&&'static str| {
-            let mut names = symbols.lines().filter_map(|line| line.split(' ').nth(2));
-            names.any(|name| name == **function)
-        };
-        for function in functions.iter().filter(is_there) {
+        let mut spans = Spans { undo: Vec::new() };
+        for function in functions {
             spans.define(
                 function,
                 &format!("p:{GROUP}/{function}_in {function}"),
@@ -72,7 +61,6 @@ impl Spans {
     ) -> Result<()> {
         let events = Path::new(TRACEFS).join("kprobe_events");
         append(&events, enter).with_context(|| format!("{}: {enter}", events.display()))?;
-        self.names.push(name);
         self.undo
             .insert(0, (events.clone(), format!("-:{GROUP}/{name}_in")));
         append(&events, leave).with_context(|| format!("{}: {leave}", events.display()))?;
@@ -97,11 +85,10 @@ impl Spans {
         Ok(())
     }
 
-    /// What was counted so far of `name`; nothing of what this kernel has not.
+    /// What was counted so far of `name`.
     pub fn read(&self, name: &str) -> Result<Span> {
-        if !self.names.iter().any(|one| *one == name) {
-            return Ok(Span::default());
-        }
+        all_hit(&format!("{GROUP}/{name}_in"))?;
+        all_hit(&format!("{GROUP}/{name}_out"))?;
         let path = Path::new(TRACEFS).join(format!("events/synthetic/{name}_took/hist"));
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         total(&text).with_context(|| path.display().to_string())
@@ -173,6 +160,13 @@ impl Drop for Machines {
 
 /// The sum over the lines of a histogram.
 fn total(hist: &str) -> Result<Span> {
+    let dropped = hist
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Dropped: "));
+    ensure!(
+        dropped.is_none_or(|count| count == "0"),
+        "some were dropped: {hist}"
+    );
     let mut sum = Span::default();
     for line in hist.lines().filter(|line| line.starts_with('{')) {
         let value = |name: &str| {
@@ -200,6 +194,7 @@ mod tests {
             ns: 12345,
         };
         assert_eq!(total(hist).unwrap(), sum);
+        assert!(total(&hist.replace("Dropped: 0", "Dropped: 2")).is_err());
         assert!(total("{ common_cpu: 0 } ns: 1\n").is_err());
         assert_eq!(total("").unwrap(), Span::default());
     }

@@ -6,10 +6,13 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 
 const INSTANCES: &str = "/sys/kernel/tracing/instances";
 const KPROBE_EVENTS: &str = "/sys/kernel/tracing/kprobe_events";
+const KPROBE_PROFILE: &str = "/sys/kernel/tracing/kprobe_profile";
+/// What functions the kernel has.
+const SYMBOLS: &str = "/proc/kallsyms";
 /// The group of the events that are defined here and in `spans.rs`.
 pub(crate) const GROUP: &str = "numa_notify";
 
@@ -17,7 +20,7 @@ pub(crate) const GROUP: &str = "numa_notify";
 pub struct Tracepoint {
     instance: PathBuf,
     /// Goes after the instance.
-    _probe: Option<Probe>,
+    probe: Option<Probe>,
 }
 
 /// The event of a kprobe, which is removed when dropped.
@@ -38,14 +41,15 @@ impl Tracepoint {
         Ok(tracepoint)
     }
 
-    /// Counts the calls of the kernel's `function` from now on (Documentation/trace/kprobetrace.rst).
-    pub fn count_calls(function: &str) -> Result<Tracepoint> {
-        let event = format!("{GROUP}/{function}");
-        let define = format!("p:{event} {function}");
-        append(Path::new(KPROBE_EVENTS), &define).with_context(|| {
-            format!("{KPROBE_EVENTS}: {define}: does this kernel have that function?")
-        })?;
-        let tracepoint = Tracepoint::new(&event, Some(Probe(event.clone())))?;
+    /// Counts the calls of the kernel's `function` from now on, where `filter` holds of `arguments`; none of both where all
+    /// count (Documentation/trace/kprobetrace.rst).
+    pub fn count_calls(function: &str, arguments: &str, filter: &str) -> Result<Tracepoint> {
+        let probe = Probe::new(function, arguments)?;
+        let event = probe.0.clone();
+        let tracepoint = Tracepoint::new(&event, Some(probe))?;
+        if !filter.is_empty() {
+            tracepoint.set(&event, "filter", filter)?;
+        }
         tracepoint.set(&event, "enable", "1")?;
         Ok(tracepoint)
     }
@@ -53,7 +57,7 @@ impl Tracepoint {
     fn new(event: &str, probe: Option<Probe>) -> Result<Tracepoint> {
         Ok(Tracepoint {
             instance: instance(&format!("{GROUP}.{}", event.replace('/', ".")))?,
-            _probe: probe,
+            probe,
         })
     }
 
@@ -71,8 +75,35 @@ impl Tracepoint {
             let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
             fired += total(&text).with_context(|| path.display().to_string())?;
         }
+        if let Some(Probe(event)) = &self.probe {
+            all_hit(event)?;
+        }
         Ok(fired)
     }
+}
+
+/// Fails if the probe of `event` was passed and could not say so.
+pub(crate) fn all_hit(event: &str) -> Result<()> {
+    let name = event.rsplit('/').next().unwrap_or(event);
+    let text = fs::read_to_string(KPROBE_PROFILE).context(KPROBE_PROFILE)?;
+    let line = text
+        .lines()
+        .find(|line| line.split_whitespace().next() == Some(name));
+    match line.and_then(|line| line.split_whitespace().nth(2)) {
+        Some("0") => Ok(()),
+        Some(missed) => bail!("{event}: {missed} missed"),
+        None => bail!("{KPROBE_PROFILE}: nothing of {name}"),
+    }
+}
+
+/// Whether the kernel has `function`, where a probe can be.
+pub fn has_function(function: &str) -> bool {
+    fs::read_to_string(SYMBOLS).is_ok_and(|symbols| {
+        let mut names = symbols
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(2));
+        names.any(|name| name == function)
+    })
 }
 
 impl Drop for Tracepoint {
@@ -84,16 +115,28 @@ impl Drop for Tracepoint {
 /// What some tracepoints say, with the time since boot as the recorder tells it.
 pub struct Events {
     instance: PathBuf,
+    /// Go after the instance.
+    _probes: Vec<Probe>,
 }
 
 impl Events {
-    /// Collects `events` (`SYSTEM/NAME`) from now on, the newest 16 MiB on each CPU.
-    pub fn collect(events: &[&str]) -> Result<Events> {
+    /// Collects `events` (`SYSTEM/NAME`) and calls of `functions`, each with what to fetch of its arguments, from now on,
+    /// the newest 16 MiB on each CPU.
+    pub fn collect(events: &[&str], functions: &[(&str, &str)]) -> Result<Events> {
+        let probes: Vec<Probe> = functions
+            .iter()
+            .map(|(function, arguments)| Probe::new(function, arguments))
+            .collect::<Result<_>>()?;
+        let names = probes.iter().map(|probe| probe.0.clone());
+        let names: Vec<String> = names
+            .chain(events.iter().map(|one| one.to_string()))
+            .collect();
         let collected = Events {
             instance: instance(&format!("{GROUP}.events"))?,
+            _probes: probes,
         };
         let settings = [("trace_clock", "mono"), ("buffer_size_kb", "16384")];
-        let enable = events
+        let enable = names
             .iter()
             .map(|one| (format!("events/{one}/enable"), "1"));
         for (file, value) in settings
@@ -132,6 +175,18 @@ fn instance(name: &str) -> Result<PathBuf> {
 fn remove(instance: &Path) {
     if let Err(error) = fs::remove_dir(instance) {
         eprintln!("{}: not removed: {error}", instance.display());
+    }
+}
+
+impl Probe {
+    /// At the beginning of `function`.
+    fn new(function: &str, arguments: &str) -> Result<Probe> {
+        let event = format!("{GROUP}/{function}_{}", std::process::id());
+        let define = format!("p:{event} {function} {arguments}");
+        append(Path::new(KPROBE_EVENTS), &define).with_context(|| {
+            format!("{KPROBE_EVENTS}: {define}: does this kernel have that function?")
+        })?;
+        Ok(Probe(event))
     }
 }
 

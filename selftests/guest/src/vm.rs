@@ -563,6 +563,17 @@ impl Drop for GuestMemfd {
     }
 }
 
+/// What was seen of vCPUs that sweep.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seen {
+    /// How long they were watched.
+    pub time: Duration,
+    /// How many pages they touched, all together.
+    pub touched: u64,
+    /// The longest that one of them took to its next page, to about a millisecond.
+    pub longest_stall: Duration,
+}
+
 /// How far each vCPU is with its pass.
 pub struct Progress {
     program: Arc<Program>,
@@ -570,25 +581,28 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Watches the vCPUs until `stop` is set, and gives the longest time in which one of them did not reach its next page,
-    /// to about a millisecond.
-    pub fn longest_stall(&self, stop: &AtomicBool) -> Duration {
+    /// Watches the vCPUs, which sweep `count` pages again and again, until `stop` is set.
+    pub fn watch(&self, count: usize, stop: &AtomicBool) -> Seen {
         let left = |vcpu| self.program.left(vcpu).load(Ordering::Relaxed);
-        let mut seen: Vec<(u32, Instant)> = (0..self.vcpus)
-            .map(|vcpu| (left(vcpu), Instant::now()))
-            .collect();
-        let mut longest = Duration::ZERO;
+        let begun = Instant::now();
+        let mut last: Vec<(u32, Instant)> =
+            (0..self.vcpus).map(|vcpu| (left(vcpu), begun)).collect();
+        let mut seen = Seen::default();
         while !stop.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(1));
-            for (vcpu, (last, since)) in seen.iter_mut().enumerate() {
-                longest = longest.max(since.elapsed());
-                let now = left(vcpu);
-                if now != *last {
-                    (*last, *since) = (now, Instant::now());
+            for (vcpu, (before, since)) in last.iter_mut().enumerate() {
+                let (now, time) = (left(vcpu), Instant::now());
+                seen.longest_stall = seen.longest_stall.max(time - *since);
+                if now != *before {
+                    // More are left than before: the next pass has begun.
+                    let pages = before.checked_sub(now);
+                    seen.touched += u64::from(pages.unwrap_or(*before + count as u32 - now));
+                    (*before, *since) = (now, time);
                 }
             }
         }
-        longest
+        seen.time = begun.elapsed();
+        seen
     }
 }
 

@@ -479,7 +479,7 @@ fn boot(pinned: Pinned, args: &Args) -> Result<(Boot, String)> {
         bail!("one vCPU, one CPU");
     };
 
-    let calls = Tracepoint::count_calls(UNMAP)?;
+    let calls = Tracepoint::count_calls(UNMAP, "", "")?;
     let filter = format!("start < {:#x} && end > {:#x}", guest.end, guest.start);
     let events = Tracepoint::count(UNMAP_EVENT, &filter)?;
     let (numa, scans) = (source.read()?, balancing::scan_seq()?);

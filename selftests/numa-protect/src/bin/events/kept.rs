@@ -89,7 +89,7 @@ fn pfncache(source: &Source) -> Result<()> {
     let mut machine = Machine::new(Backing::Anon, Pinned::None, MEMORY, 1)?;
     machine.vm.keep_clock(0, CLOCK)?;
     let first = update_clock(&mut machine)?;
-    let refreshes = Tracepoint::count_calls(REFRESH)?;
+    let refreshes = Tracepoint::count_calls(REFRESH, "", "")?;
 
     let scanned = machine.scan(source)?;
     let pages = machine.memory.pages() as u64;

@@ -28,23 +28,16 @@ use anyhow::{ensure, Context, Result};
 use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memcg::{self, Counters, Source};
 use guest::memory::{Backing, GuestMemory, Pinned, HUGE_PAGE};
-use guest::spans::{Machines, Spans};
 use guest::tracefs::{Events, Tracepoint};
-use guest::vm::{self, Sweep, Vm};
+use guest::vm::{self, Seen, Sweep, Vm};
 use serde::{Deserialize, Serialize};
 use trace::client::{Client, Stats};
 use trace::record::Record;
 use trace::sequence::{Report, Sequence};
 
+use crate::profile::{Profile, Profiler};
+
 const VCPUS: usize = 2;
-/// What the kernel calls because of scans, and is counted with `--profile`.
-const NOTIFIERS: &[&str] = &[
-    "kvm_mmu_notifier_invalidate_range_start",
-    "kvm_mmu_notifier_invalidate_range_end",
-    "kvm_mmu_notifier_numa_protect",
-];
-const SCAN: &str = "task_numa_work";
-const LOCK: &str = "mmu_lock";
 /// Scans in each step.
 const SCANS: u64 = 2;
 /// Scans that the guest runs freely under, at the least.
@@ -53,8 +46,9 @@ const FREE_SCANS: u64 = 4;
 const RECORDS: u64 = 1 << 18;
 /// Fires for what KVM unmaps of a VM's memory because the process's page tables change.
 const UNMAP_EVENT: &str = "kvm/kvm_unmap_hva_range";
-/// What [`Plan::events`] saves.
-const EVENTS: &[&str] = &[UNMAP_EVENT, "kvm/kvm_page_fault"];
+/// What [`Plan::events`] saves: ranges of guest page numbers that KVM unmaps, and faults.
+const UNMAP: (&str, &str) = ("kvm_unmap_gfn_range", "start=+8(%si):u64 end=+16(%si):u64");
+const FAULT_EVENT: &str = "kvm/kvm_page_fault";
 /// The longest that scans may take.
 const LIMIT: Duration = Duration::from_secs(45);
 
@@ -64,7 +58,7 @@ const LIMIT: Duration = Duration::from_secs(45);
 pub enum Layout {
     /// All.
     Whole,
-    /// In every other step, beginning with the first, only every other page (huge page).
+    /// In every other step, beginning with the first, or with `--profile` in each, only every other page (huge page).
     TouchedHalf,
     /// All; every other page, beginning with the second, is merged by KSM and only read.
     KsmAlternating,
@@ -107,7 +101,7 @@ pub struct Plan {
     pub results: PathBuf,
     /// The memory cgroup to run in; without one, the machine's counters are used.
     pub memcg: Option<PathBuf>,
-    /// Whether to count what the kernel spends, see [`Cost`].
+    /// Whether to measure what the kernel spends, see [`Profile`].
     pub profile: bool,
     /// Whether to save what KVM unmapped and faulted in while the guest ran freely, as `CASE.events`.
     pub events: bool,
@@ -151,6 +145,8 @@ pub struct Figures {
     pub flush_requests: u64,
     /// Such flushes for which a vCPU had to leave the guest (`remote_tlb_flush`).
     pub flushes: u64,
+    /// What the kernel spent on scans, with `--profile`.
+    pub profile: Option<Profile>,
     /// What the recorder saw, where it is loaded.
     pub recorded: Option<Recorded>,
     /// Each step.
@@ -225,40 +221,6 @@ pub struct Step {
     pub first_record: u64,
     /// Sequence number after their last record.
     pub end_record: u64,
-    /// What the kernel spent on the scans, with `--profile`.
-    pub cost: Option<Cost>,
-}
-
-/// What the kernel did in some time, and how long it took.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub struct Cost {
-    /// Calls of KVM's MMU notifier callbacks, of those that a scan can lead to.
-    pub notifier_calls: u64,
-    /// Write acquisitions of the VM's mmu_lock.
-    pub lock_writes: u64,
-    /// How long it was held for writing, in nanoseconds.
-    pub lock_held_ns: u64,
-    /// Scans' pieces, i.e. calls of task_numa_work().
-    pub scan_calls: u64,
-    /// How long they took, in nanoseconds.
-    pub scan_ns: u64,
-    /// Faults of vCPUs that had to be tried again.
-    pub retries: u64,
-}
-
-impl std::ops::Sub for Cost {
-    type Output = Cost;
-
-    fn sub(self, before: Cost) -> Cost {
-        Cost {
-            notifier_calls: self.notifier_calls - before.notifier_calls,
-            lock_writes: self.lock_writes - before.lock_writes,
-            lock_held_ns: self.lock_held_ns - before.lock_held_ns,
-            scan_calls: self.scan_calls - before.scan_calls,
-            scan_ns: self.scan_ns - before.scan_ns,
-            retries: self.retries - before.retries,
-        }
-    }
 }
 
 /// The part in which the guest runs while scans go on.
@@ -286,12 +248,15 @@ pub struct FreeRun {
     pub flushes: u64,
     /// Hints that were left after one more pass without scans.
     pub hints_left: u64,
+    /// Faults of vCPUs that had to be tried again.
+    pub retries: u64,
+    /// Pages that all vCPUs together touched while scans went on, and for how long that was, in seconds.
+    pub touched: u64,
+    pub scanned_s: f64,
     /// The longest that a vCPU took from one page to the next, in seconds.
     pub longest_stall_s: f64,
     /// Sequence number of its first record.
     pub first_record: u64,
-    /// What the kernel spent meanwhile, with `--profile`.
-    pub cost: Option<Cost>,
 }
 
 /// All that the checks look at.
@@ -330,7 +295,7 @@ struct Snapshot {
     flush_requests: u64,
     flushes: u64,
     unmap_events: Option<u64>,
-    cost: Option<Cost>,
+    retries: u64,
     /// Records read so far.
     records: u64,
 }
@@ -341,7 +306,7 @@ struct Bench {
     source: Source,
     client: Option<Client>,
     unmap: Option<Tracepoint>,
-    spans: Option<Spans>,
+    profiler: Option<Profiler>,
     records: Vec<Record>,
     /// What each vCPU must have counted in each page.
     counted: Vec<Vec<u32>>,
@@ -373,10 +338,19 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
     let mut before = first;
     for number in 0..plan.steps {
         let expected = bench.hintable(touched)?;
+        let probes = match &bench.profiler {
+            Some(profiler) => profiler.attach(number)?,
+            None => None,
+        };
         bench.scan()?;
+        if let Some(profiler) = &mut bench.profiler {
+            profiler.detach(probes)?;
+        }
         let between = bench.snapshot()?;
         touched = match case.layout {
-            Layout::TouchedHalf if number % 2 == 0 => bench.every(2 * case.backing.unit()),
+            Layout::TouchedHalf if number % 2 == 0 || plan.profile => {
+                bench.every(2 * case.backing.unit())
+            }
             _ => whole,
         };
         bench.pass(touched, number as usize)?;
@@ -410,7 +384,6 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
             hints_left,
             first_record: before.records,
             end_record: between.records,
-            cost: between.cost.zip(before.cost).map(|(b, a)| b - a),
         };
         progress(format!(
             "{name}: step {}: {} pages hinted, {} dropped, {} faults, {} migrated, {} flush requests",
@@ -432,8 +405,11 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
     // So that there is something to migrate under load, too.
     bench.memory.move_to(MEMORY_NODE)?;
     let start = bench.snapshot()?;
-    let events = plan.events.then(|| Events::collect(EVENTS)).transpose()?;
-    let (elapsed, passes, stall) = bench.free_run(whole, plan.free_run)?;
+    let events = plan
+        .events
+        .then(|| Events::collect(&[FAULT_EVENT], &[UNMAP]))
+        .transpose()?;
+    let (elapsed, passes, seen) = bench.free_run(whole, plan.free_run)?;
     if let Some(events) = events {
         let Range { start, end } = bench.memory.addresses();
         let heading = format!("# guest memory: {start:#x}-{end:#x}");
@@ -455,9 +431,11 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         flush_requests: end.flush_requests - start.flush_requests,
         flushes: end.flushes - start.flushes,
         hints_left,
-        longest_stall_s: stall.as_secs_f64(),
+        retries: end.retries - start.retries,
+        touched: seen.touched,
+        scanned_s: seen.time.as_secs_f64(),
+        longest_stall_s: seen.longest_stall.as_secs_f64(),
         first_record: start.records,
-        cost: end.cost.zip(start.cost).map(|(b, a)| b - a),
     };
     progress(format!(
         "{name}: {passes} passes in {:.1} s under {} scans: {} pages hinted, {} migrated, {} faults",
@@ -518,6 +496,7 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         faults: sum(|step| step.faults),
         flush_requests: sum(|step| step.flush_requests_scan + step.flush_requests_pass),
         flushes: sum(|step| step.flushes_scan + step.flushes_pass),
+        profile: bench.profiler.take().map(Profiler::finish).transpose()?,
         recorded,
         free_run,
         pages_on_node,
@@ -572,19 +551,17 @@ impl Bench {
             }
             false => None,
         };
-        let machines = plan.profile.then(Machines::watch).transpose()?;
-        let vm = Vm::new(&memory, &balancing::vcpu_cpus(VCPUS)?)?;
-        let spans = match machines {
-            Some(machines) => {
-                let mut spans = Spans::new(&[NOTIFIERS, &[SCAN]].concat())?;
-                spans.count_write_lock(LOCK, machines.last()?)?;
-                Some(spans)
+        let make = || Vm::new(&memory, &balancing::vcpu_cpus(VCPUS)?);
+        let (vm, profiler) = match plan.profile {
+            true => {
+                let (vm, profiler) = Profiler::new(make, memory.addresses())?;
+                (vm, Some(profiler))
             }
-            None => None,
+            false => (make()?, None),
         };
         Ok(Bench {
             vm,
-            spans,
+            profiler,
             counted: vec![vec![0; memory.pages()]; VCPUS],
             memory,
             source,
@@ -664,12 +641,13 @@ impl Bench {
         })
     }
 
-    /// Lets the vCPUs run against each other under scans for about `time`. Gives the time taken and the passes made.
-    fn free_run(&mut self, whole: Sweep, time: Duration) -> Result<(Duration, u64, Duration)> {
+    /// Lets the vCPUs run against each other under scans for about `time`. Gives the time taken, the passes made, and what was
+    /// seen of the vCPUs meanwhile.
+    fn free_run(&mut self, whole: Sweep, time: Duration) -> Result<(Duration, u64, Seen)> {
         let begun = Instant::now();
         let (progress, stop) = (self.vm.progress(), Arc::new(AtomicBool::new(false)));
         let stopped = stop.clone();
-        let watching = std::thread::spawn(move || progress.longest_stall(&stopped));
+        let watching = std::thread::spawn(move || progress.watch(whole.count, &stopped));
         let sweeps = [whole, whole.reversed()];
         let (client, records) = (&mut self.client, &mut self.records);
         let ((), passes) = self.vm.while_running(&sweeps, || {
@@ -690,33 +668,19 @@ impl Bench {
             stop.store(true, Ordering::Relaxed);
             watched
         })?;
-        let stall = watching.join().expect("watching does not panic");
+        let seen = watching.join().expect("watching does not panic");
         let elapsed = begun.elapsed();
         for (vcpu, passes) in passes.iter().enumerate() {
             self.count(vcpu, sweeps[vcpu], *passes);
         }
-        Ok((elapsed, passes.iter().sum(), stall))
+        Ok((elapsed, passes.iter().sum(), seen))
     }
 
-    fn cost(&self) -> Result<Option<Cost>> {
-        let Some(spans) = &self.spans else {
-            return Ok(None);
-        };
-        let (lock, scan) = (spans.read(LOCK)?, spans.read(SCAN)?);
-        let calls: Result<Vec<u64>> = NOTIFIERS
-            .iter()
-            .map(|name| Ok(spans.read(name)?.count))
-            .collect();
+    /// Faults of vCPUs that had to be tried again.
+    fn retries(&self) -> Result<u64> {
         let stat = |name| self.vm.vcpu_stat(name);
         let settled = stat("pf_fixed")? + stat("pf_emulate")? + stat("pf_spurious")?;
-        Ok(Some(Cost {
-            notifier_calls: calls?.iter().sum(),
-            lock_writes: lock.count,
-            lock_held_ns: lock.ns,
-            scan_calls: scan.count,
-            scan_ns: scan.ns,
-            retries: stat("pf_taken")?.saturating_sub(settled),
-        }))
+        Ok(stat("pf_taken")?.saturating_sub(settled))
     }
 
     fn snapshot(&mut self) -> Result<Snapshot> {
@@ -736,7 +700,7 @@ impl Bench {
             flush_requests: self.vm.stat("remote_tlb_flush_requests")?,
             flushes: self.vm.stat("remote_tlb_flush")?,
             unmap_events: self.unmap.as_ref().map(Tracepoint::fired).transpose()?,
-            cost: self.cost()?,
+            retries: self.retries()?,
             records: self.records.len() as u64,
         })
     }

@@ -420,6 +420,7 @@ mod tests {
                 faults: hinted,
                 flush_requests: 1,
                 flushes: 1,
+                profile: None,
                 recorded: None,
                 each_step: vec![step],
                 free_run: FreeRun {

@@ -8,6 +8,7 @@
 
 mod case;
 mod check;
+mod profile;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -46,7 +47,7 @@ struct Args {
     /// Guest memory in MiB, a multiple of 4.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=2044))]
     memory: u32,
-    /// Steps of one scan and one pass over guest memory that are counted.
+    /// Steps of one scan and one pass over guest memory that are counted; --profile takes four.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
     steps: u32,
     /// How long the guest then runs with scans going on, in milliseconds, at the least.
@@ -249,7 +250,10 @@ fn run_child(name: &str, args: &Args) -> Result<()> {
     let plan = case::Plan {
         case,
         memory: (args.memory as usize) << 20,
-        steps: args.steps,
+        steps: match args.profile {
+            true => profile::STEPS,
+            false => args.steps,
+        },
         free_run: Duration::from_millis(args.free_run),
         results: args.results.clone(),
         memcg: args.memcg.clone(),
