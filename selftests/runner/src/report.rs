@@ -31,11 +31,11 @@ pub struct Options {
 
 /// The columns that have a figure.
 const FIGURES: &[&str] = &[
-    "dropped/scan",
-    "faults/scan",
-    "flush requests/scan",
-    "mmu_lock writes/scan",
-    "notifier calls/scan",
+    "dropped/step",
+    "faults/step",
+    "flush requests/step",
+    "mmu_lock writes/walk",
+    "notifier calls/walk",
     "running: retries/scan",
 ];
 /// The backing whose cells the figures show, on nested paging: all are in the tables.
