@@ -77,6 +77,19 @@ fn design(text: &str) -> Result<Design> {
 #[serde(deny_unknown_fields)]
 struct Spec {
     design: Vec<Note>,
+    /// Where the reference is worse than others, and why.
+    #[serde(default)]
+    worse: Vec<Reason>,
+}
+
+/// Why the reference may be worse than others.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reason {
+    /// In which column.
+    pub column: String,
+    /// Why, in one line.
+    pub why: String,
 }
 
 /// What is known about a design.
@@ -302,7 +315,7 @@ struct Boot<'a> {
 
 /// Runs what is missing, compares, prints, writes; whether every boot came to its end.
 pub fn designs(options: &Options) -> Result<bool> {
-    let notes = notes(options)?;
+    let (notes, reasons) = notes(options)?;
     let plan = plan(options, &notes);
     let mut kept = Vec::new();
     let mut missing = Vec::new();
@@ -327,14 +340,25 @@ pub fn designs(options: &Options) -> Result<bool> {
         eprintln!("==> boot {number} of {of}{left}: {design}, {}", one.name);
         kept.push(((*one).clone(), run(options, one)?));
     }
-    let data = Data::new(options, &notes, &kept);
+    let data = Data::new(options, &notes, &reasons, &kept);
     data.print(&options.reference);
     if options.only.is_empty() {
         write(&options.output, &serde_json::to_vec_pretty(&data)?)?;
     } else {
         println!("Not written to {}: not all cells", options.output.display());
     }
-    let mut good = true;
+    let unexplained = data
+        .worse(&options.reference)
+        .0
+        .iter()
+        .any(|one| one.why.is_none());
+    if unexplained && options.only.is_empty() {
+        eprintln!(
+            "error: {}: does not say why (see above)",
+            options.spec.display()
+        );
+    }
+    let mut good = !unexplained || !options.only.is_empty();
     for (one, kept) in &kept {
         let not_shown = kept.shown.as_ref().and_then(|shown| shown.as_ref().err());
         for failure in kept.failure.iter().chain(not_shown) {
@@ -346,7 +370,7 @@ pub fn designs(options: &Options) -> Result<bool> {
 }
 
 /// What is known about the designs, in the order in which they were named.
-fn notes(options: &Options) -> Result<Vec<Note>> {
+fn notes(options: &Options) -> Result<(Vec<Note>, Vec<Reason>)> {
     let path = &options.spec;
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let spec: Spec = toml::from_str(&text).with_context(|| path.display().to_string())?;
@@ -357,7 +381,7 @@ fn notes(options: &Options) -> Result<Vec<Note>> {
         "--reference {}: not one of the designs to run",
         options.reference
     );
-    options
+    let notes: Result<Vec<Note>> = options
         .designs
         .iter()
         .map(|design| {
@@ -366,7 +390,8 @@ fn notes(options: &Options) -> Result<Vec<Note>> {
             note.cloned()
                 .with_context(|| format!("{}: says nothing about {name}", path.display()))
         })
-        .collect()
+        .collect();
+    Ok((notes?, spec.worse))
 }
 
 /// Every boot, in order.
@@ -645,6 +670,8 @@ pub struct Data {
     pub columns: Vec<Title>,
     /// The designs.
     pub designs: Vec<Note>,
+    /// Where the reference may be worse.
+    pub reasons: Vec<Reason>,
     /// By design.
     pub evidence: BTreeMap<String, Evidence>,
     /// By design, of some: one scan of half pinned anonymous memory while the guest runs.
@@ -657,8 +684,48 @@ pub struct Data {
     pub measured: Vec<Measured>,
 }
 
+/// Where another design is better in one column.
+pub struct Worse<'a> {
+    /// The column.
+    pub column: &'a str,
+    /// The other design.
+    pub design: &'a str,
+    /// In which cells, and both values.
+    pub cells: Vec<(String, [String; 2])>,
+    /// Why.
+    pub why: Option<&'a Reason>,
+}
+
+impl Worse<'_> {
+    /// In one line.
+    pub fn text(&self) -> String {
+        let (cell, [own, other]) = &self.cells[0];
+        let more = match self.cells.len() - 1 {
+            0 => String::new(),
+            more => format!(", and in {more} cells more"),
+        };
+        let why = self.why.map_or("not explained yet", |reason| &reason.why);
+        format!(
+            "{}, {}: {own} instead of {other} in {cell}{more}: {why}",
+            self.design, self.column
+        )
+    }
+}
+
+/// In how many comparisons of counts `reference` was not worse.
+pub fn better(reference: &str, worse: &[Worse], compared: usize) -> String {
+    let lost: usize = worse.iter().map(|one| one.cells.len()).sum();
+    match compared {
+        0 => "One round, or one design: nothing to be said of what is noise.".to_string(),
+        _ => format!(
+            "{reference} is best or level in {} of {compared} comparisons of counts with sound designs.",
+            compared - lost
+        ),
+    }
+}
+
 impl Data {
-    fn new(options: &Options, designs: &[Note], kept: &[(Boot, Kept)]) -> Data {
+    fn new(options: &Options, designs: &[Note], reasons: &[Reason], kept: &[(Boot, Kept)]) -> Data {
         let sound: Vec<Pattern> = SOUND
             .iter()
             .map(|one| Pattern::new(one).expect("a pattern"))
@@ -733,6 +800,7 @@ impl Data {
                 })
                 .collect(),
             designs: designs.to_vec(),
+            reasons: reasons.to_vec(),
             evidence,
             timelines,
             boots,
@@ -748,34 +816,63 @@ impl Data {
         }
     }
 
-    /// Where another design is better than `reference` in something that is not a time, outside the noise: paging, cell,
-    /// column, that design, and both.
-    pub fn worse(&self, reference: &str) -> Vec<(&Measured, &Title, &str, [Spread; 2])> {
-        let mut worse = Vec::new();
+    /// Where a sound design that hints as much is better than `reference` in something that is not a time, outside the noise;
+    /// and how many comparisons that is of.
+    pub fn worse(&self, reference: &str) -> (Vec<Worse<'_>>, usize) {
+        let mut worse: Vec<Worse> = Vec::new();
+        let mut compared = 0;
         for measured in &self.measured {
             let Some(ours) = measured.values.get(reference) else {
                 continue;
             };
-            for (index, column) in self.columns.iter().enumerate() {
-                let Some(own) = Spread::of(&ours[index]) else {
+            for (design, values) in &measured.values {
+                let is_sound = self
+                    .designs
+                    .iter()
+                    .any(|note| note.name == *design && note.sound);
+                let both = |index: usize| Spread::of(&ours[index]).zip(Spread::of(&values[index]));
+                let hints_alike = (0..self.columns.len())
+                    .filter(|index| self.columns[*index].better == Better::Neither)
+                    .filter_map(both)
+                    .all(|(own, other)| !own.differs(other));
+                if design == reference || !is_sound || !hints_alike {
                     continue;
-                };
-                for (design, values) in &measured.values {
-                    let Some(other) = Spread::of(&values[index]) else {
+                }
+                for (index, column) in self.columns.iter().enumerate() {
+                    let Some((own, other)) = both(index) else {
                         continue;
                     };
+                    if column.kind == Kind::Time || own.rounds.min(other.rounds) < 2 {
+                        continue;
+                    }
+                    compared += 1;
                     let is_worse = match column.better {
                         Better::Less => own.mean > other.mean,
                         Better::More => own.mean < other.mean,
                         Better::Neither => false,
                     };
-                    if column.kind == Kind::Count && is_worse && own.differs(other) {
-                        worse.push((measured, column, &design[..], [own, other]));
+                    if !is_worse || !own.differs(other) {
+                        continue;
+                    }
+                    let cell = format!("{} ({})", measured.cell, measured.paging);
+                    let text = [own, other].map(|spread| spread.text(column.kind));
+                    let found = (cell, text);
+                    match worse
+                        .iter_mut()
+                        .find(|one| one.column == column.title && one.design == design)
+                    {
+                        Some(one) => one.cells.push(found),
+                        None => worse.push(Worse {
+                            column: &column.title,
+                            design,
+                            cells: vec![found],
+                            why: self.reasons.iter().find(|one| one.column == column.title),
+                        }),
                     }
                 }
             }
         }
-        worse
+        (worse, compared)
     }
 
     fn print(&self, reference: &str) {
@@ -810,7 +907,7 @@ impl Data {
             println!("\n{}, {} paging\n\n{table}", measured.cell, measured.paging);
         }
         println!(
-            "\nMean and standard deviation over {} rounds. `*`: no round of it is within the range of those of {reference}.\n\
+            "\nMean and standard deviation over {} rounds. `*`: further from {reference} than the rounds of either are apart.\n\
              Times are ratios to {} in the same round.\n",
             self.rounds, self.designs[0].name
         );
@@ -824,20 +921,11 @@ impl Data {
             );
         }
         println!();
-        let worse = self.worse(reference);
-        for (measured, column, design, [own, other]) in &worse {
-            println!(
-                "{reference} is worse than {design}: {}, {} paging, {}: {} instead of {}",
-                measured.cell,
-                measured.paging,
-                column.title,
-                own.text(column.kind),
-                other.text(column.kind)
-            );
+        let (worse, compared) = self.worse(reference);
+        for one in &worse {
+            println!("{reference} is worse than {}", one.text());
         }
-        if worse.is_empty() {
-            println!("{reference} is best or level in every count of every cell.");
-        }
+        println!("{}", better(reference, &worse, compared));
     }
 
     /// The titles of the table of boots: each column for each group.
@@ -1014,6 +1102,18 @@ mod tests {
         assert_eq!(value("migrated"), Some(7.0));
     }
 
+    fn note(name: &str) -> Note {
+        Note {
+            name: name.into(),
+            idea: String::new(),
+            from: String::new(),
+            interface: String::new(),
+            sound: true,
+            why: String::new(),
+            shown: None,
+        }
+    }
+
     /// Two designs with these rounds of one column each.
     fn data(column: Column, ours: &[f64], theirs: &[f64]) -> Data {
         let values = [("ours", ours), ("theirs", theirs)];
@@ -1025,7 +1125,8 @@ mod tests {
                 kind: column.kind,
                 better: column.better,
             }],
-            designs: vec![],
+            designs: vec![note("ours"), note("theirs")],
+            reasons: vec![],
             evidence: BTreeMap::new(),
             timelines: BTreeMap::new(),
             boots: BTreeMap::new(),
@@ -1044,32 +1145,36 @@ mod tests {
     fn what_is_worse_is_named() {
         let less = || count("faults", Better::Less, |_| None);
         assert_eq!(
-            data(less(), &[3.0, 4.0], &[1.0, 1.0]).worse("ours").len(),
+            data(less(), &[3.0, 4.0], &[1.0, 1.0]).worse("ours").0.len(),
             1
         );
         assert_eq!(
-            data(less(), &[1.0, 1.0], &[3.0, 4.0]).worse("ours").len(),
+            data(less(), &[1.0, 1.0], &[3.0, 4.0]).worse("ours").0.len(),
             0
         );
         assert_eq!(
-            data(less(), &[1.0, 3.0], &[1.0, 1.0]).worse("ours").len(),
+            data(less(), &[1.0, 3.0], &[1.0, 1.0]).worse("ours").0.len(),
             0
         );
         let more = || count("progress", Better::More, |_| None);
         assert_eq!(
-            data(more(), &[1.0, 1.0], &[3.0, 4.0]).worse("ours").len(),
+            data(more(), &[1.0, 1.0], &[3.0, 4.0]).worse("ours").0.len(),
             1
         );
         let neither = || count("hinted", Better::Neither, |_| None);
         assert_eq!(
             data(neither(), &[3.0, 4.0], &[1.0, 1.0])
                 .worse("ours")
+                .0
                 .len(),
             0
         );
         let taken = || time("held", Better::Less, |_| None);
         assert_eq!(
-            data(taken(), &[3.0, 4.0], &[1.0, 1.0]).worse("ours").len(),
+            data(taken(), &[3.0, 4.0], &[1.0, 1.0])
+                .worse("ours")
+                .0
+                .len(),
             0
         );
     }

@@ -12,7 +12,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use serde_json::Value;
 
-use crate::designs::{Data, Kind, Spread, LAYOUT};
+use crate::designs::{better, Data, Kind, Spread, LAYOUT};
 use crate::timeline::LENGTH;
 
 /// What to draw, and where to.
@@ -49,7 +49,7 @@ const TITLE: u32 = 26;
 /// Where bars begin; the designs' names are to the left.
 const LEFT: u32 = 96;
 /// Room for the number behind the longest bar.
-const RIGHT: u32 = 92;
+const RIGHT: u32 = 104;
 
 // Okabe and Ito's palette; ink follows the page, light or dark.
 const INK: RGBColor = BLACK;
@@ -64,13 +64,13 @@ const PAGE_STYLE: &str = "\
     :root{color-scheme:light dark;--ink:#1b1b1b;--paper:#fff;--line:#ccc;--ours:#b34d00}\
     @media(prefers-color-scheme:dark){:root{--ink:#e6e6e6;--paper:#16181b;--line:#444;--ours:#ff9d5c}}\
     body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:0 auto;padding:1rem;max-width:76rem}\
-    .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr));gap:1.5rem}\
+    .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1.5rem}\
     figure{margin:0}figcaption{font-weight:600}svg{width:100%;height:auto;max-width:26rem}\
     .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}\
     th,td{border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left;vertical-align:top}\
     .figure-table td+td,.figure-table th+th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}\
     .figure-table th+th{white-space:normal;min-width:4.2rem}\
-    .timeline svg{max-width:60rem}.key{display:inline-block;width:.8em;height:.8em;background:var(--key);margin:0 .3em 0 .8em}\
+    .timeline{overflow-x:auto}.timeline svg{min-width:40rem;max-width:60rem}.key{display:inline-block;width:.8em;height:.8em;background:var(--key);margin:0 .3em 0 .8em}\
     .ours{color:var(--ours);font-weight:600}summary{cursor:pointer;padding:.3rem 0}";
 
 /// Reads, draws, writes.
@@ -257,7 +257,7 @@ fn styled(mut svg: String) -> String {
 }
 
 fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str) -> Markup {
-    let worse = data.worse(reference);
+    let (worse, compared) = data.worse(reference);
     let class = |name: &str| (name == reference).then_some("ours");
     html! {
         (DOCTYPE)
@@ -271,8 +271,9 @@ fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str
             body {
                 h1 { "What a NUMA hint scan costs a VM, by design" }
                 p {
-                    "Guest memory on one node, vCPUs on another, KVM in emulation. Every figure is per scan of all of the guest's memory, "
-                    "mean and standard deviation over " (data.rounds) " boots of each kernel, taken in turn. Lines on the bars are the range of the rounds."
+                    "Guest memory on one node, vCPUs on another. Mean and standard deviation over " (data.rounds) " boots of each kernel, taken in turn. "
+                    "/walk: per walk of all guest memory by a scan. /step: for the scans between two sweeps over it by the vCPUs. "
+                    "/scan: while the vCPUs run. Lines on the bars are the range of the rounds."
                 }
                 h2 { "The designs" }
                 div.wide { table {
@@ -288,14 +289,8 @@ fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str
                     }
                 } }
                 h2 { "Where another design is better than " (reference) }
-                @if worse.is_empty() {
-                    p { "In no count of any cell, outside the noise." }
-                } @else {
-                    ul { @for (measured, column, design, [own, other]) in &worse {
-                        li { (measured.cell) ", " (measured.paging) " paging, " (column.title) ": " (own.text(column.kind)) ", "
-                            (other.text(column.kind)) " with " (design) }
-                    } }
-                }
+                p { (better(reference, &worse, compared)) }
+                ul { @for one in &worse { li { (one.text()) } } }
                 @if !data.boots.is_empty() {
                     h2 { "Linux boots in a VM" }
                     p { "From the first instruction to the restart, under scans, with none of the guest's memory pinned and with all of it." }
@@ -306,19 +301,19 @@ fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str
                         }
                     } }
                 }
-                h2 { "One scan while the guest runs: half pinned anonymous memory" }
+                @if !data.timelines.is_empty() { h2 { "One scan while the guest runs: half pinned anonymous memory" }
                 p { "Time goes to the right, guest memory down, every other MiB of it is pinned. "
                     span.key style="--key:#56b4e9" {} "from start to end of the notification "
                     span.key style="--key:#d55e00" {} "KVM unmaps "
                     span.key style="--key:#009e73" {} "reported as hinted "
                     span.key style="--key:#999999" {} "a vCPU faults" }
-                div.timeline { (PreEscaped(timeline)) }
+                div.timeline { (PreEscaped(timeline)) } }
                 h2 { "Figures: anonymous memory, nested paging" }
                 div.figures { @for (title, svg) in figures {
                     figure { figcaption { (title) } (PreEscaped(svg)) }
                 } }
                 h2 { "All cells" }
-                p { "*: no round of it is within the range of those of " (reference) ". Times are ratios to " (data.designs[0].name) " in the same round." }
+                p { "*: further from " (reference) " than the rounds of either are apart. Times are ratios to " (data.designs[0].name) " in the same round." }
                 @for measured in &data.measured {
                     details {
                         summary { (measured.cell) ", " (measured.paging) " paging" }

@@ -105,14 +105,8 @@ impl Timeline {
         let of = |wanted: What| {
             let wanted = lines.iter().filter(move |line| line.what == wanted);
             wanted.filter_map(|line| {
-                let at = match line.what {
-                    What::Drop => line.addresses.clone(),
-                    What::Fault => {
-                        let at = guest.start + line.addresses.start;
-                        at..at + PAGE
-                    }
-                };
-                happened(line.ns, line.ns, at)
+                let Range { start, end } = line.addresses;
+                happened(line.ns, line.ns, guest.start + start..guest.start + end)
             })
         };
         let pairs = sequence.pairs.iter().filter(|pair| is_scan(&pair.start));
@@ -188,7 +182,7 @@ enum What {
 struct Line {
     ns: u64,
     what: What,
-    /// Of the process, or of a fault, of the guest.
+    /// Of the guest.
     addresses: Range<u64>,
 }
 
@@ -196,15 +190,21 @@ impl Line {
     fn parse(line: &str) -> Option<Line> {
         let hex = |text: &str| u64::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok();
         let (what, head, addresses) =
-            if let Some((head, text)) = line.split_once(": kvm_unmap_hva_range:") {
-                let (_, text) = text.rsplit_once(": ")?;
-                let (start, end) = text.split_once(" -- ")?;
-                (What::Drop, head, hex(start)?..hex(end)?)
+            if let Some((head, text)) = line.split_once(": kvm_unmap_gfn_range_") {
+                let page = |name| {
+                    let (_, value) = text.split_once(name)?;
+                    value.split_whitespace().next()?.parse::<u64>().ok()
+                };
+                (
+                    What::Drop,
+                    head,
+                    page(" start=")? * PAGE..page(" end=")? * PAGE,
+                )
             } else {
                 let (head, text) = line.split_once(": kvm_page_fault:")?;
                 let (_, text) = text.split_once("address ")?;
                 let at = hex(text.split_whitespace().next()?)?;
-                (What::Fault, head, at..at)
+                (What::Fault, head, at..at + PAGE)
             };
         let (seconds, micros) = head.rsplit_once(' ')?.1.split_once('.')?;
         let ns = seconds.parse::<u64>().ok()? * 1_000_000_000 + micros.parse::<u64>().ok()? * 1000;
@@ -232,7 +232,7 @@ mod tests {
 # guest memory: 0x10000-0x20000
 # tracer: nop
       vcpu0-71      [000] .....     1.000000: kvm_page_fault: vcpu 0 rip 0x10000 address 0x0000000000001000 error_code 0x6
- numa_protect-70    [001] .....     1.001000: kvm_unmap_hva_range: mmu notifier unmap range: 0x0000000000011000 -- 0x0000000000013000
+ numa_protect-70    [001] .....     1.001000: kvm_unmap_gfn_range_70: (kvm_unmap_gfn_range+0x0/0x90) start=1 end=3
       vcpu0-71      [000] .....     9.000000: kvm_page_fault: vcpu 0 rip 0x10000 address 0x0000000000002000 error_code 0x6
 ";
 
