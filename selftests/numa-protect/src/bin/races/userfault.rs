@@ -91,8 +91,9 @@ impl Userfault {
         self.switch(range, MODE_PROTECT)
     }
 
-    /// Releases it, and wakes who sleeps there.
-    pub fn release(&self, range: &Range<u64>) -> Result<()> {
+    /// Releases it, and wakes who sleeps there. Closing the descriptor wakes those, too, who go to sleep only now: the kernel
+    /// takes an entry that somebody is just changing for a missing page (`userfaultfd_must_wait()`), which nobody would fill.
+    pub fn release(self, range: &Range<u64>) -> Result<()> {
         self.switch(range, 0)?;
         let mut argument = [range.start, range.end - range.start];
         ioctl(&self.file, UFFDIO_UNREGISTER, &mut argument).context("UFFDIO_UNREGISTER")
