@@ -46,7 +46,9 @@ test-matrix: modules selftests ## Both kernels again: without nested paging, pre
 test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (hours; TESTS="kvm:NAME ...": only these)
 	@scripts/kselftest $(TESTS)
 
-compare: modules selftests ## Every design in patches/v7.3/alternatives and numa-protect, the same cells on each, N= rounds (DESIGNS=, CELL=)
+compare: ## Every design in patches/v7.3/alternatives and numa-protect, the same cells on each, N= rounds (DESIGNS=, CELL=)
+	@scripts/designs --check $(DESIGNS)
+	@$(MAKE) modules selftests
 	@scripts/designs $(DESIGNS)
 
 report: selftests ## What make compare measured (DATA=FILE: an earlier run), as build/report/index.html and its figures

@@ -1180,6 +1180,42 @@ mod tests {
     }
 
     #[test]
+    fn results_of_another_layout_are_left_alone() {
+        let results = std::env::temp_dir().join(format!("designs.{}", std::process::id()));
+        let one = Design {
+            name: "one".into(),
+            folder: results.join("one"),
+        };
+        let options = Options {
+            designs: vec![one.clone()],
+            spec: PathBuf::new(),
+            reference: "one".into(),
+            cells: vec!["anon".into()],
+            only: String::new(),
+            rounds: 1,
+            results: results.clone(),
+            output: results.join("out"),
+            accel: boot::Accel::Tcg,
+            trial: None,
+        };
+        let plan = plan(&options, &[]);
+        for file in files(&one) {
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, "").unwrap();
+        }
+        assert!(find(&options, &plan[0]).unwrap().is_none());
+        let place = place(&options, &plan[0]);
+        fs::create_dir_all(&place).unwrap();
+        fs::write(place.join("kept.json"), r#"{"layout": 1}"#).unwrap();
+        let why = find(&options, &plan[0]).unwrap_err().to_string();
+        assert!(why.contains("layout 1") && why.contains("move"), "{why}");
+        // What was cut off is measured again.
+        fs::write(place.join("kept.json"), r#"{"lay"#).unwrap();
+        assert!(find(&options, &plan[0]).unwrap().is_none());
+        fs::remove_dir_all(results).unwrap();
+    }
+
+    #[test]
     fn the_specification_is_read() {
         let text = include_str!("../../numa-protect/designs.toml");
         let spec: Spec = toml::from_str(text).unwrap();
