@@ -13,12 +13,14 @@ use serde::{Deserialize, Serialize};
 
 /// Steps that it takes, the first of which is like those before it and measures nothing.
 pub const STEPS: u32 = 4;
-/// What the kernel calls because of scans; the last is not there without the series.
-const NOTIFIERS: [&str; 3] = [
+/// KVM's callbacks that scans lead to, and others do, too; with the range that they are told (`struct mmu_notifier_range`).
+const NOTIFIERS: [&str; 2] = [
     "kvm_mmu_notifier_invalidate_range_start",
     "kvm_mmu_notifier_invalidate_range_end",
-    "kvm_mmu_notifier_numa_protect",
 ];
+const RANGE: &str = "start=+8(%si):x64 end=+16(%si):x64";
+/// The callback that only scans lead to; not there without the series.
+const PROTECT: &str = "kvm_mmu_notifier_numa_protect";
 /// What a scan calls for each stretch of addresses that it walks, with their first and the one behind their last.
 const WALK: &str = "change_prot_numa";
 /// A scan's piece of work.
@@ -31,7 +33,7 @@ const LOCK: &str = "mmu_lock";
 pub struct Profile {
     /// Walks of guest memory by scans.
     pub walks: u64,
-    /// Calls of KVM's MMU notifier callbacks, of those that a scan can lead to.
+    /// Calls of KVM's MMU notifier callbacks for guest memory, of those that a scan can lead to.
     pub notifier_calls: u64,
     /// Write acquisitions of the VM's mmu_lock.
     pub lock_writes: u64,
@@ -83,13 +85,19 @@ impl Profiler {
 
     /// Attaches what step `number` needs.
     pub fn attach(&self, number: u32) -> Result<Option<Probes>> {
+        let Range { start, end } = &self.guest;
+        let met = format!("start < {end:#x} && end > {start:#x}");
         let what = match number {
             1 => What::Calls {
-                notifiers: NOTIFIERS
-                    .into_iter()
-                    .filter(|name| *name != NOTIFIERS[2] || tracefs::has_function(name))
-                    .map(|name| Tracepoint::count_calls(name, "", ""))
-                    .collect::<Result<_>>()?,
+                notifiers: {
+                    let calls = |name| Tracepoint::count_calls(name, RANGE, &met);
+                    let mut notifiers: Vec<_> =
+                        NOTIFIERS.into_iter().map(calls).collect::<Result<_>>()?;
+                    if tracefs::has_function(PROTECT) {
+                        notifiers.push(Tracepoint::count_calls(PROTECT, "", "")?);
+                    }
+                    notifiers
+                },
                 lock: Tracepoint::count_calls(
                     "_raw_write_lock",
                     "lock=%di",
@@ -104,8 +112,6 @@ impl Profiler {
             }
             _ => return Ok(None),
         };
-        let Range { start, end } = &self.guest;
-        let met = format!("start < {end:#x} && end > {start:#x}");
         Ok(Some(Probes {
             walks: Tracepoint::count_calls(WALK, "start=%si end=%dx", &met)?,
             what,
