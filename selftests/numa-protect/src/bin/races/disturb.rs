@@ -411,11 +411,14 @@ impl<'a> Disturber<'a> {
         self.vm.remove_alias(alias)
     }
 
-    /// Each page that this thread's own vCPU writes to between two readings must be in the second, whatever scans have
-    /// unmapped meanwhile. The log is of all memory, so that the others' writes are logged, too.
+    /// What this thread's own vCPU writes to between two readings must be in the second, whatever scans have unmapped
+    /// meanwhile. The log is of all memory, so that the others' writes are logged, too.
     fn dirty_log(&mut self, pages: &Range<usize>, choice: u64) -> Result<()> {
         let (vm, vcpu) = (self.vm, VCPUS + self.number);
         let clearing = Clearing::ALL[choice as usize % Clearing::ALL.len()];
+        // Each other vCPU may be about to log one page that it has just made writable (`fast_pf_fix_direct_spte()`), which
+        // this one then writes to without a fault.
+        let late = vm.vcpus() - 1;
         vm.while_logging(clearing, |log| {
             log.take()?;
             for reading in 0..LOGS {
@@ -426,8 +429,11 @@ impl<'a> Disturber<'a> {
                 let dirty = log.take()?;
                 let logged = pages.clone().filter(|page| dirty[*page]).count();
                 self.saw("pages logged", logged as u64);
-                if logged < pages.len() {
-                    self.break_promise("a page that was written to is not in the dirty log", pages);
+                if logged + late < pages.len() {
+                    self.break_promise(
+                        "pages that were written to are not in the dirty log",
+                        pages,
+                    );
                 }
             }
             Ok(())
