@@ -114,7 +114,7 @@ pub struct Note {
 }
 
 /// The layout of what is kept and of what is written; another one is not read.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 /// The program that measures.
 const PROGRAM: &str = "numa_protect";
 /// Kinds of paging in the guest's host, and what the kernel's command line says for each.
@@ -273,6 +273,8 @@ struct Kept {
     layout: u32,
     /// Of the kernel and the programs.
     key: String,
+    /// What it ran on.
+    accel: boot::Accel,
     /// Why the kernel or the program failed, if it did. Such a boot is done again when it is asked for again.
     failure: Option<String>,
     /// The tests of the program that held.
@@ -339,6 +341,14 @@ pub fn designs(options: &Options) -> Result<bool> {
         let design = &one.design.name;
         eprintln!("==> boot {number} of {of}{left}: {design}, {}", one.name);
         kept.push(((*one).clone(), run(options, one)?));
+    }
+    let accel = kept[0].1.accel;
+    if let Some((one, _)) = kept.iter().find(|(_, kept)| kept.accel != accel) {
+        bail!(
+            "{} ran on something else than {}: move one of them away, or choose with ACCEL=",
+            place(options, one).display(),
+            place(options, &kept[0].0).display()
+        );
     }
     let data = Data::new(options, &notes, &reasons, &kept);
     data.print(&options.reference);
@@ -621,6 +631,7 @@ fn summarise(key: String, options: &Options, one: &Boot, folder: &Path) -> Resul
     Ok(Kept {
         layout: LAYOUT,
         key,
+        accel: boot.accel,
         held: tests(|outcome| matches!(outcome, Outcome::Ok)),
         failed: tests(|outcome| matches!(outcome, Outcome::NotOk(_))),
         cells,
@@ -664,6 +675,8 @@ pub struct Evidence {
 pub struct Data {
     /// [`LAYOUT`]
     pub layout: u32,
+    /// What all ran on.
+    pub accel: boot::Accel,
     /// How often each kernel was booted.
     pub rounds: u32,
     /// The columns.
@@ -790,6 +803,7 @@ impl Data {
         }
         Data {
             layout: LAYOUT,
+            accel: kept[0].1.accel,
             rounds: options.rounds,
             columns: COLUMNS
                 .iter()
@@ -1119,6 +1133,7 @@ mod tests {
         let values = [("ours", ours), ("theirs", theirs)];
         Data {
             layout: LAYOUT,
+            accel: boot::Accel::Tcg,
             rounds: 2,
             columns: vec![Title {
                 title: column.title.into(),

@@ -12,6 +12,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use serde_json::Value;
 
+use crate::boot::Accel;
 use crate::designs::{better, Data, Kind, Spread, LAYOUT};
 use crate::timeline::LENGTH;
 
@@ -271,7 +272,8 @@ fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str
             body {
                 h1 { "What a NUMA hint scan costs a VM, by design" }
                 p {
-                    "Guest memory on one node, vCPUs on another. Mean and standard deviation over " (data.rounds) " boots of each kernel, taken in turn. "
+                    "Guest memory on one node, vCPUs on another, KVM "
+                    @if data.accel == Accel::Kvm { "on hardware" } @else { "in emulation, so that times are worth little" } ". Mean and standard deviation over " (data.rounds) " boots of each kernel, taken in turn. "
                     "/walk: per walk of all guest memory by a scan. /step: for the scans between two sweeps over it by the vCPUs. "
                     "/scan: while the vCPUs run. Lines on the bars are the range of the rounds."
                 }
