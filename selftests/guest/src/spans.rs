@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How often kernel functions ran and how long they took, by kprobe events and histograms of tracefs
+//! How long kernel functions took, by kprobe events and histograms of tracefs
 //! (Documentation/trace/kprobetrace.rst and histogram.rst); what is defined there is removed in the end.
 
 use std::fs;
@@ -10,15 +10,6 @@ use anyhow::{ensure, Context, Result};
 use crate::tracefs::{all_hit, append, GROUP};
 
 const TRACEFS: &str = "/sys/kernel/tracing";
-
-/// What was counted of a function, or of the time between two.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Span {
-    /// How often it ended.
-    pub count: u64,
-    /// How long it took, all together, in nanoseconds.
-    pub ns: u64,
-}
 
 /// Spans that are being counted.
 pub struct Spans {
@@ -85,8 +76,8 @@ impl Spans {
         Ok(())
     }
 
-    /// What was counted so far of `name`.
-    pub fn read(&self, name: &str) -> Result<Span> {
+    /// How long it took so far, all together, in nanoseconds.
+    pub fn read(&self, name: &str) -> Result<u64> {
         all_hit(&format!("{GROUP}/{name}_in"))?;
         all_hit(&format!("{GROUP}/{name}_out"))?;
         let path = Path::new(TRACEFS).join(format!("events/synthetic/{name}_took/hist"));
@@ -159,7 +150,7 @@ impl Drop for Machines {
 }
 
 /// The sum over the lines of a histogram.
-fn total(hist: &str) -> Result<Span> {
+fn total(hist: &str) -> Result<u64> {
     let dropped = hist
         .lines()
         .find_map(|line| line.trim().strip_prefix("Dropped: "));
@@ -167,14 +158,13 @@ fn total(hist: &str) -> Result<Span> {
         dropped.is_none_or(|count| count == "0"),
         "some were dropped: {hist}"
     );
-    let mut sum = Span::default();
+    let mut sum = 0;
     for line in hist.lines().filter(|line| line.starts_with('{')) {
-        let value = |name: &str| {
-            let after = line.split_once(&format!("{name}:"))?.1;
-            after.split_whitespace().next()?.parse::<u64>().ok()
-        };
-        sum.count += value("hitcount").with_context(|| format!("no hitcount: {line}"))?;
-        sum.ns += value(" ns").with_context(|| format!("no ns: {line}"))?;
+        let after = line
+            .split_once(" ns:")
+            .map(|(_, after)| after.split_whitespace().next());
+        let ns = after.flatten().and_then(|ns| ns.parse::<u64>().ok());
+        sum += ns.with_context(|| format!("no ns: {line}"))?;
     }
     Ok(sum)
 }
@@ -189,13 +179,9 @@ mod tests {
             { common_cpu:          0 } hitcount:          3  ns:      12000\n\
             { common_cpu:          1 } hitcount:          1  ns:        345\n\n\
             Totals:\n    Hits: 4\n    Entries: 2\n    Dropped: 0\n";
-        let sum = Span {
-            count: 4,
-            ns: 12345,
-        };
-        assert_eq!(total(hist).unwrap(), sum);
+        assert_eq!(total(hist).unwrap(), 12345);
         assert!(total(&hist.replace("Dropped: 0", "Dropped: 2")).is_err());
-        assert!(total("{ common_cpu: 0 } ns: 1\n").is_err());
-        assert_eq!(total("").unwrap(), Span::default());
+        assert!(total("{ common_cpu: 0 } hitcount: 1\n").is_err());
+        assert_eq!(total("").unwrap(), 0);
     }
 }

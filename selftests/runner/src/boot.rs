@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
@@ -599,6 +599,22 @@ fn remove(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// What a boot with these results left, and where: there, or in [`failed`].
+pub(crate) fn outcome(results: &Path) -> Result<(PathBuf, Boot)> {
+    let left = [results.to_path_buf(), failed(results)];
+    let folder = left.into_iter().find(|folder| folder.exists());
+    let folder = folder.with_context(|| format!("{}: no results", results.display()))?;
+    let boot = serde_json::from_slice(&fs::read(folder.join("boot.json"))?)?;
+    Ok((folder, boot))
+}
+
+/// Tells one build of a file from another, by its length and its time.
+pub(crate) fn build_of(path: &Path) -> Result<String> {
+    let about = fs::metadata(path).with_context(|| format!("{}: was not built", path.display()))?;
+    let time = about.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+    Ok(format!("{} {time}", about.len()))
 }
 
 /// Where the results of a failed run are left.

@@ -7,8 +7,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::{bail, ensure, Context, Result};
 use clap::{Args, Parser};
@@ -424,19 +425,17 @@ fn plan<'a>(options: &'a Options, notes: &'a [Note]) -> Vec<Boot<'a>> {
             }));
         }
     }
-    if options.only.is_empty() {
-        for round in 1..=BOOTS / BOOTS_A_ROUND {
-            plan.extend(options.designs.iter().map(|design| Boot {
-                design,
-                name: format!("{BOOTS_PROGRAM}.round-{round}"),
-                purpose: Purpose::Boots,
-                append: String::new(),
-                programs: vec![format!("{BOOTS_PROGRAM},--boots={BOOTS_A_ROUND}")],
-            }));
-        }
-    }
     if !options.only.is_empty() {
         return plan;
+    }
+    for round in 1..=BOOTS / BOOTS_A_ROUND {
+        plan.extend(options.designs.iter().map(|design| Boot {
+            design,
+            name: format!("{BOOTS_PROGRAM}.round-{round}"),
+            purpose: Purpose::Boots,
+            append: String::new(),
+            programs: vec![format!("{BOOTS_PROGRAM},--boots={BOOTS_A_ROUND}")],
+        }));
     }
     for (design, note) in options.designs.iter().zip(notes) {
         plan.extend(note.shown.as_ref().map(|expected| Boot {
@@ -499,10 +498,7 @@ fn files(design: &Design) -> [PathBuf; 2] {
 fn key(one: &Boot) -> Result<String> {
     let mut key = format!("{} {}", one.append, one.programs.join(" "));
     for path in files(one.design) {
-        let about = fs::metadata(&path)
-            .with_context(|| format!("{}: no such design was built", path.display()))?;
-        let time = about.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
-        key += &format!("; {} {time}", about.len());
+        key += &format!("; {}", boot::build_of(&path)?);
     }
     if let Purpose::Show(expected) = one.purpose {
         key += &serde_json::to_string(expected)?;
@@ -535,10 +531,8 @@ fn run(options: &Options, one: &Boot) -> Result<Kept> {
         programs: one.programs.clone(),
         ..defaults
     })?;
-    let left = [results.clone(), boot::failed(&results)];
-    let folder = left.iter().find(|folder| folder.exists());
-    let folder = folder.with_context(|| format!("{}: no results", results.display()))?;
-    let kept = summarise(key, options, one, folder)?;
+    let (folder, boot) = boot::outcome(&results)?;
+    let kept = summarise(key, options, one, &folder, &boot)?;
     fs::create_dir_all(&results)?;
     write(&results.join("kept.json"), &serde_json::to_vec(&kept)?)?;
     Ok(kept)
@@ -552,8 +546,23 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         .with_context(|| path.display().to_string())
 }
 
-fn summarise(key: String, options: &Options, one: &Boot, folder: &Path) -> Result<Kept> {
-    let boot: boot::Boot = serde_json::from_slice(&fs::read(folder.join("boot.json"))?)?;
+/// What `program` wrote, if it came so far.
+fn written(folder: &Path, program: &str) -> Result<Value> {
+    let file = folder.join(format!("{program}.json"));
+    let text = match fs::read(&file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Value::Null),
+        other => other.with_context(|| file.display().to_string())?,
+    };
+    serde_json::from_slice(&text).with_context(|| file.display().to_string())
+}
+
+fn summarise(
+    key: String,
+    options: &Options,
+    one: &Boot,
+    folder: &Path,
+    boot: &boot::Boot,
+) -> Result<Kept> {
     let tests = |wanted: fn(&Outcome) -> bool| -> Vec<String> {
         boot.programs
             .iter()
@@ -563,25 +572,17 @@ fn summarise(key: String, options: &Options, one: &Boot, folder: &Path) -> Resul
             .collect()
     };
     let mut cells = BTreeMap::new();
-    let file = folder.join(format!("{PROGRAM}.json"));
-    if let Ok(text) = fs::read(&file) {
-        let value: Value =
-            serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
-        for cell in value["cases"].as_array().into_iter().flatten() {
-            if let Some(name) = cell["name"].as_str() {
-                cells.insert(name.to_string(), cell.clone());
-            }
+    let value = written(folder, PROGRAM)?;
+    for cell in value["cases"].as_array().into_iter().flatten() {
+        if let Some(name) = cell["name"].as_str() {
+            cells.insert(name.to_string(), cell.clone());
         }
     }
     let mut boots = BTreeMap::new();
-    let file = folder.join(format!("{BOOTS_PROGRAM}.json"));
-    if let Ok(text) = fs::read(&file) {
-        let value: Value =
-            serde_json::from_slice(&text).with_context(|| file.display().to_string())?;
-        for group in value["groups"].as_array().into_iter().flatten() {
-            if let (Some(name), Some(some)) = (group["name"].as_str(), group["boots"].as_array()) {
-                boots.insert(name.to_string(), some.clone());
-            }
+    let value = written(folder, BOOTS_PROGRAM)?;
+    for group in value["groups"].as_array().into_iter().flatten() {
+        if let (Some(name), Some(some)) = (group["name"].as_str(), group["boots"].as_array()) {
+            boots.insert(name.to_string(), some.clone());
         }
     }
     let unfinished = || -> Option<String> {
@@ -636,7 +637,7 @@ fn summarise(key: String, options: &Options, one: &Boot, folder: &Path) -> Resul
         failed: tests(|outcome| matches!(outcome, Outcome::NotOk(_))),
         cells,
         shown: match one.purpose {
-            Purpose::Show(expected) => Some(judge(expected, &boot)),
+            Purpose::Show(expected) => Some(judge(expected, boot)),
             _ => None,
         },
         boots,

@@ -6,8 +6,7 @@
 //! report, and nothing else. What was judged before for the same kernel, programs and specification is not run again.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::path::PathBuf;
 
 use anyhow::{ensure, Context, Result};
 use clap::Args;
@@ -128,10 +127,7 @@ fn run(options: &Options, mutant: &Mutant) -> Result<Verdict> {
         programs: mutant.expected.tests.clone(),
         ..options.boot.clone()
     })?;
-    let left = [results.clone(), boot::failed(&results)];
-    let folder = left.iter().find(|folder| folder.exists());
-    let folder = folder.with_context(|| format!("{}: no results", results.display()))?;
-    let boot = serde_json::from_slice(&fs::read(folder.join("boot.json"))?)?;
+    let (_, boot) = boot::outcome(&results)?;
     let (good, why) = match judge(&mutant.expected, &boot) {
         Ok(why) => (true, why),
         Err(why) => (false, why),
@@ -143,16 +139,10 @@ fn run(options: &Options, mutant: &Mutant) -> Result<Verdict> {
 
 /// Says what a verdict depends on.
 fn key(options: &Options, mutant: &Mutant) -> Result<String> {
-    let file = |path: &Path| -> Result<String> {
-        let about = fs::metadata(path)
-            .with_context(|| format!("{}: make test-mutants builds it", path.display()))?;
-        let time = about.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
-        Ok(format!("{} {time}", about.len()))
-    };
     Ok(format!(
         "{}; {}; {}",
-        file(&options.boot.kernel)?,
-        file(&options.boot.initrd)?,
+        boot::build_of(&options.boot.kernel)?,
+        boot::build_of(&options.boot.initrd)?,
         serde_json::to_string(mutant)?
     ))
 }

@@ -136,11 +136,11 @@ impl Profiler {
             }
             What::Scan(spans) => {
                 profile.scan_walks = walks;
-                profile.scan_ns = spans.read(SCAN)?.ns;
+                profile.scan_ns = spans.read(SCAN)?;
             }
             What::Lock(spans) => {
                 profile.lock_walks = walks;
-                profile.lock_held_ns = spans.read(LOCK)?.ns;
+                profile.lock_held_ns = spans.read(LOCK)?;
             }
         }
         Ok(())
