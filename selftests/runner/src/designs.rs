@@ -246,12 +246,18 @@ const fn time(title: &'static str, better: Better, value: fn(&Value) -> Option<f
     }
 }
 
-/// The mean over the steps of a cell. The first is left out: memory goes to the vCPUs' node in it.
+/// The median over the steps of a cell: most are alike, and one may be far out (a vCPU that kicks the other for each page
+/// it maps). The first is left out: memory goes to the vCPUs' node in it.
 fn per_step(cell: &Value, figure: &str) -> Option<f64> {
     let steps = cell["each_step"].as_array()?.get(1..)?;
     let values: Option<Vec<f64>> = steps.iter().map(|step| step[figure].as_f64()).collect();
-    let values = values.filter(|values| !values.is_empty())?;
-    Some(values.iter().sum::<f64>() / values.len() as f64)
+    let mut values = values.filter(|values| !values.is_empty())?;
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    Some(match values.len() % 2 {
+        1 => values[middle],
+        _ => (values[middle - 1] + values[middle]) / 2.0,
+    })
 }
 
 /// What was probed, per walk of guest memory by a scan.
