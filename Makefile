@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
 
 LLVM ?= 1
-export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
+export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
@@ -43,7 +43,7 @@ test-mutants: selftests ## Kernels with one rule broken at a time (MUTANTS="NAME
 test-matrix: modules selftests ## Both kernels again: without nested paging, preempted anywhere, and with a slower memory tier
 	@scripts/matrix $(TESTS)
 
-test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (hours; TESTS="kvm:NAME ...": only these)
+test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (TESTS="kvm:NAME ...": only these)
 	@scripts/kselftest $(TESTS)
 
 compare: ## Every design in patches/v7.3/alternatives and numa-protect, the same cells on each, N= rounds (DESIGNS=, CELL=)

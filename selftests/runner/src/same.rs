@@ -54,7 +54,7 @@ pub fn same(options: &Options) -> Result<bool> {
     for (number, name) in (1..).zip(names) {
         let difference = difference(unpatched.get(name), patched.get(name));
         match difference {
-            None => println!("ok {number} {name} # {}", unpatched[name].result),
+            None => println!("ok {number} {name} # {} on both", unpatched[name].result),
             Some(text) if unsteady.contains(name) => {
                 println!("# {name}: {text}");
                 println!("ok {number} {name} # SKIP unsteady: {text}");
