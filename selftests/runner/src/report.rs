@@ -67,11 +67,11 @@ const PAGE_STYLE: &str = "\
     body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);margin:0 auto;padding:1rem;max-width:76rem}\
     .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1.5rem}\
     figure{margin:0}figcaption{font-weight:600}svg{width:100%;height:auto;max-width:26rem}\
-    .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}\
-    th,td{border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left;vertical-align:top}\
+    .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}.designs{min-width:56rem}\
+    th,td{border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left;vertical-align:top}td:first-child{white-space:nowrap}\
     .figure-table td+td,.figure-table th+th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}\
     .figure-table th+th{white-space:normal;min-width:4.2rem}\
-    .timeline{overflow-x:auto}.timeline svg{min-width:40rem;max-width:60rem}.key{display:inline-block;width:.8em;height:.8em;background:var(--key);margin:0 .3em 0 .8em}\
+    .timeline{overflow-x:auto}.timeline svg{min-width:40rem;max-width:60rem}.key{white-space:nowrap;margin-left:.8em}.key::before{content:\"\";display:inline-block;width:.8em;height:.8em;background:var(--key);margin-right:.3em}\
     .ours{color:var(--ours);font-weight:600}summary{cursor:pointer;padding:.3rem 0}";
 
 /// Reads, draws, writes.
@@ -278,7 +278,7 @@ fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str
                     "/scan: while the vCPUs run. Lines on the bars are the range of the rounds."
                 }
                 h2 { "The designs" }
-                div.wide { table {
+                div.wide { table.designs {
                     tr { th { "design" } th { "idea" } th { "from" } th { "interface" } th { "sound" } th { "why" } th { "tests that every sound design holds" } }
                     @for note in &data.designs {
                         tr {
@@ -305,10 +305,10 @@ fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str
                 }
                 @if !data.timelines.is_empty() { h2 { "One scan while the guest runs: half pinned anonymous memory" }
                 p { "Time goes to the right, guest memory down, every other MiB of it is pinned. "
-                    span.key style="--key:#56b4e9" {} "from start to end of the notification "
-                    span.key style="--key:#d55e00" {} "KVM unmaps "
-                    span.key style="--key:#009e73" {} "reported as hinted "
-                    span.key style="--key:#999999" {} "a vCPU faults" }
+                    span.key style="--key:#56b4e9" { "from start to end of the notification" } " "
+                    span.key style="--key:#d55e00" { "KVM unmaps" } " "
+                    span.key style="--key:#009e73" { "reported as hinted" } " "
+                    span.key style="--key:#999999" { "a vCPU faults" } }
                 div.timeline { (PreEscaped(timeline)) } }
                 h2 { "Figures: anonymous memory, nested paging" }
                 div.figures { @for (title, svg) in figures {
