@@ -36,6 +36,10 @@ pub struct Options {
     /// The design that the others are held against
     #[arg(long, value_name = "NAME", default_value = "numa-protect")]
     pub reference: String,
+    /// The design of which a scan is drawn, beside the first and the one that the others are held against; the recorder
+    /// has to be in its initramfs
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub drawn: String,
     /// A cell to run (more than once)
     #[arg(long = "cell", value_name = "NAME", required = true)]
     pub cells: Vec<String>,
@@ -116,14 +120,15 @@ pub struct Note {
 
 /// The layout of what is kept and of what is written; another one is not read.
 pub const LAYOUT: u32 = 4;
-/// The program that measures.
+/// The program that measures, and guest memory in its cells, in MiB: enough for several stripes of each kind.
 const PROGRAM: &str = "numa_protect";
+const MEMORY: u32 = 16;
 /// Kinds of paging in the guest's host, and what the kernel's command line says for each.
 const PAGING: &[(&str, &str)] = &[("nested", ""), ("shadow", "kvm_amd.npt=0 kvm_intel.ept=0")];
 /// The program that boots Linux, how often in all and at one time, and what is compared of it.
 const BOOTS_PROGRAM: &str = "linux_boots";
 const BOOTS: u32 = 10;
-const BOOTS_A_ROUND: u32 = 2;
+const BOOTS_A_ROUND: u32 = 5;
 const BOOT_COLUMNS: &[(&str, &str)] = &[
     ("unmap calls", "unmap_calls"),
     ("flush requests", "flush_requests"),
@@ -131,9 +136,8 @@ const BOOT_COLUMNS: &[(&str, &str)] = &[
     ("scans", "scans"),
     ("migrated", "migrated"),
 ];
-/// The cell of which a scan is drawn, and the design for which it is, beside the first and the reference.
+/// The cell of which a scan is drawn.
 const DRAWN_CELL: &str = "anon.pinned_half";
-const DRAWN: &str = "rfc-v2";
 /// Its tests that hold for every sound design.
 const SOUND: &[&str] = &["*.vm.*", "*.guest.*"];
 
@@ -414,7 +418,7 @@ fn notes(options: &Options) -> Result<(Vec<Note>, Vec<Reason>)> {
 /// Every boot, in order.
 fn plan<'a>(options: &'a Options, notes: &'a [Note]) -> Vec<Boot<'a>> {
     let measure = format!(
-        "{PROGRAM},--profile,--free-run=1000,--only={}",
+        "{PROGRAM},--profile,--memory={MEMORY},--free-run=500,--only={}",
         options.only
     );
     let mut plan = Vec::new();
@@ -452,8 +456,8 @@ fn plan<'a>(options: &'a Options, notes: &'a [Note]) -> Vec<Boot<'a>> {
             programs: expected.tests.clone(),
         }));
     }
-    let drawn = [&options.designs[0].name, DRAWN, &options.reference];
-    let is_drawn = |design: &&Design| drawn.contains(&&design.name[..]);
+    let drawn = [&options.designs[0].name, &options.drawn, &options.reference];
+    let is_drawn = |design: &&Design| drawn.contains(&&design.name);
     plan.extend(options.designs.iter().filter(is_drawn).map(|design| Boot {
         design,
         name: "timeline".into(),
@@ -1212,6 +1216,7 @@ mod tests {
             designs: vec![one.clone()],
             spec: PathBuf::new(),
             reference: "one".into(),
+            drawn: String::new(),
             cells: vec!["anon".into()],
             only: String::new(),
             rounds: 1,
@@ -1242,7 +1247,7 @@ mod tests {
         let text = include_str!("../../numa-protect/designs.toml");
         let spec: Spec = toml::from_str(text).unwrap();
         let names: Vec<&str> = spec.design.iter().map(|note| &note.name[..]).collect();
-        assert!(names.contains(&DRAWN));
+        assert!(names.contains(&"numa-protect"));
         for reason in &spec.worse {
             let mut columns = COLUMNS.iter();
             assert!(columns.any(|column| column.title == reason.column));
