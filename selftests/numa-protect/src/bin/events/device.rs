@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Memory of this process that lies on a device (the kernel's own simulation of one, lib/test_hmm.c) under NUMA scans:
-//! they leave its entries as they were. Changes its own memory only.
+//! A device that shares the address space of this process (the kernel's own simulation of one, lib/test_hmm.c) under NUMA
+//! scans: they leave the entries of memory that lies on it as they were, and don't leave memory out because the device has
+//! to sleep before it can obey. Changes its own memory only.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{bail, ensure, Context, Result};
 use guest::memcg::Source;
@@ -34,9 +35,15 @@ pub const TESTS: &[Test] = &[
         needs: &[MIRROR, needs::THP],
         run: |source| left_alone(source, &HUGE),
     },
+    Test {
+        name: "device_busy.hinted",
+        needs: &[MIRROR],
+        run: hinted_while_busy,
+    },
 ];
 
 /// Of `lib/test_hmm_uapi.h`: `_IOWR('H', number, struct hmm_dmirror_cmd)`.
+const HMM_DMIRROR_READ: libc::c_ulong = 0xc028_4800;
 const HMM_DMIRROR_MIGRATE_TO_DEV: libc::c_ulong = 0xc028_4802;
 const HMM_DMIRROR_SNAPSHOT: libc::c_ulong = 0xc028_4804;
 const HMM_DMIRROR_PROT_WRITE: u8 = 0x02;
@@ -73,6 +80,20 @@ const HUGE: Layout = Layout {
     to_device: HUGE_PAGE / PAGE,
     stay: HUGE_PAGE / PAGE,
 };
+/// Pages to be hinted while the device is busy, each a mapping of its own, so that the device hears of each by itself.
+const EACH: Layout = Layout {
+    advice: libc::MADV_NOHUGEPAGE,
+    to_device: 0,
+    stay: 64,
+};
+/// What it is busy with.
+const BUSY: Layout = Layout {
+    advice: libc::MADV_NOHUGEPAGE,
+    to_device: 0,
+    stay: 256,
+};
+/// Threads that keep it busy: with two, one always waits for the device's mutex; with more, that one gets it at once.
+const READERS: usize = 3;
 
 /// Memory of our own, at a multiple of the huge page size.
 struct Mapping {
@@ -185,6 +206,13 @@ impl Mirror {
         Ok(())
     }
 
+    /// Has the device read pages.
+    fn read(&self, addr: u64, pages: usize, contents: &mut [u8]) -> Result<()> {
+        let read = self.command(HMM_DMIRROR_READ, addr, pages, contents)?;
+        ensure!(read == pages, "the device read {read} of {pages} pages");
+        Ok(())
+    }
+
     /// How pages are mapped, as the device sees it: a value of `HMM_DMIRROR_PROT_*` for each, but for its size.
     fn snapshot(&self, addr: u64, pages: usize) -> Result<Vec<u8>> {
         let mut how = vec![0; pages];
@@ -218,6 +246,46 @@ fn left_alone(source: &Source, layout: &Layout) -> Result<()> {
         let word = unsafe { mapping.word(page).read_volatile() };
         ensure!(word == page as u64 + 1, "page {page} came back with {word}");
     }
+    Ok(())
+}
+
+/// Lets scans run while threads keep the mutex that the device takes for each notification: a scan waits for it, and hints
+/// every page. One that may not sleep would leave pages out.
+fn hinted_while_busy(source: &Source) -> Result<()> {
+    let mirror = Mirror::open()?;
+    let (each, busy) = (Mapping::new(&EACH)?, Mapping::new(&BUSY)?);
+    balancing::forbid_scans_of(busy.address()..busy.address() + (busy.pages * PAGE) as u64)?;
+    for page in (1..each.pages).step_by(2) {
+        // SAFETY: changes what a core dump has in it, and so makes a mapping of its own of each page.
+        let failed = unsafe { libc::madvise(each.word(page).cast(), PAGE, libc::MADV_DONTDUMP) };
+        ensure!(failed == 0, "madvise(): {}", io::Error::last_os_error());
+    }
+    let before = source.read()?;
+    let (stop, reads) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (address, count) = (busy.address(), busy.pages);
+    std::thread::scope(|scope| {
+        let read = || -> Result<()> {
+            let mut contents = vec![0; count * PAGE];
+            while !stop.load(Ordering::Relaxed) {
+                mirror.read(address, count, &mut contents)?;
+                reads.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(read)).collect();
+        let result = while_spinning(|| under_scans(SCANS));
+        stop.store(true, Ordering::Relaxed);
+        for reader in readers {
+            reader.join().expect("reading does not panic")?;
+        }
+        result
+    })?;
+    let hinted = source.read()?.pte_updates - before.pte_updates;
+    let (pages, reads) = (each.pages as u64, reads.into_inner());
+    ensure!(
+        hinted == pages,
+        "{hinted} pages of {pages} hinted, while the device read {count} pages {reads} times"
+    );
     Ok(())
 }
 

@@ -8,7 +8,7 @@
 //! - `plain.rs`: a subscriber without `numa_protect` hears what it would hear if there were no such callback.
 //! - `vma_edges.rs`: a scan keeps to its mapping, also inside of a huge page.
 //! - `kept.rs`: what KVM knows by other ways than the page tables that scans change, it keeps.
-//! - `device.rs`: a scan leaves memory alone that is not there, but on a device.
+//! - `device.rs`: a scan leaves memory alone that is not there, but on a device, and waits for a device that is busy.
 //!
 //! Runs in a process of its own, started once scans are fast, and in a memory cgroup of its own.
 
