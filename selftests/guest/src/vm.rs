@@ -373,6 +373,7 @@ impl Vm {
         Progress {
             program: self.program.clone(),
             vcpus: self.vcpus.len(),
+            touched: AtomicU64::new(0),
         }
     }
 
@@ -578,9 +579,15 @@ pub struct Seen {
 pub struct Progress {
     program: Arc<Program>,
     vcpus: usize,
+    touched: AtomicU64,
 }
 
 impl Progress {
+    /// How many pages they have touched while they were watched, all together.
+    pub fn touched(&self) -> u64 {
+        self.touched.load(Ordering::Relaxed)
+    }
+
     /// Watches the vCPUs, which sweep `count` pages again and again, until `stop` is set.
     pub fn watch(&self, count: usize, stop: &AtomicBool) -> Seen {
         let left = |vcpu| self.program.left(vcpu).load(Ordering::Relaxed);
@@ -596,12 +603,14 @@ impl Progress {
                 if now != *before {
                     // More are left than before: the next pass has begun.
                     let pages = before.checked_sub(now);
-                    seen.touched += u64::from(pages.unwrap_or(*before + count as u32 - now));
+                    let pages = u64::from(pages.unwrap_or(*before + count as u32 - now));
+                    self.touched.fetch_add(pages, Ordering::Relaxed);
                     (*before, *since) = (now, time);
                 }
             }
         }
         seen.time = begun.elapsed();
+        seen.touched = self.touched();
         seen
     }
 }

@@ -49,8 +49,9 @@ const UNMAP_EVENT: &str = "kvm/kvm_unmap_hva_range";
 /// What [`Plan::events`] saves: ranges of guest page numbers that KVM unmaps, and faults.
 const UNMAP: (&str, &str) = ("kvm_unmap_gfn_range", "start=+8(%si):u64 end=+16(%si):u64");
 const FAULT_EVENT: &str = "kvm/kvm_page_fault";
-/// The longest that scans may take.
+/// The longest that scans may take, and that vCPUs are waited for until they have met.
 const LIMIT: Duration = Duration::from_secs(45);
+const MEET: Duration = Duration::from_secs(30);
 
 /// Which pages a pass touches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -641,20 +642,26 @@ impl Bench {
         })
     }
 
-    /// Lets the vCPUs run against each other under scans for about `time`. Gives the time taken, the passes made, and what was
-    /// seen of the vCPUs meanwhile.
+    /// Lets the vCPUs run against each other under scans for about `time`, and until they have met, so that each page was
+    /// touched while balancing was on: without its statistics, the kernel leaves pages that two threads use where they are.
+    /// Gives the time taken, the passes made, and what was seen of the vCPUs meanwhile.
     fn free_run(&mut self, whole: Sweep, time: Duration) -> Result<(Duration, u64, Seen)> {
         let begun = Instant::now();
-        let (progress, stop) = (self.vm.progress(), Arc::new(AtomicBool::new(false)));
-        let stopped = stop.clone();
-        let watching = std::thread::spawn(move || progress.watch(whole.count, &stopped));
+        let progress = Arc::new(self.vm.progress());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (watched, stopped) = (progress.clone(), stop.clone());
+        let watching = std::thread::spawn(move || watched.watch(whole.count, &stopped));
         let sweeps = [whole, whole.reversed()];
         let (client, records) = (&mut self.client, &mut self.records);
         let ((), passes) = self.vm.while_running(&sweeps, || {
             balancing::enable(true)?;
             let first = balancing::scan_seq()?;
             let mut watch = || -> Result<()> {
-                while begun.elapsed() < time || balancing::scan_seq()? < first + FREE_SCANS {
+                let met = || progress.touched() >= whole.count as u64 || begun.elapsed() > MEET;
+                while begun.elapsed() < time
+                    || balancing::scan_seq()? < first + FREE_SCANS
+                    || !met()
+                {
                     ensure!(begun.elapsed() < LIMIT, "too few scans in {LIMIT:?}");
                     std::thread::sleep(Duration::from_millis(100).min(time));
                     if let Some(client) = client {
