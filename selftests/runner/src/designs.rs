@@ -402,6 +402,12 @@ fn notes(options: &Options) -> Result<(Vec<Note>, Vec<Reason>)> {
         "--reference {}: not one of the designs to run",
         options.reference
     );
+    ensure!(
+        options.drawn.is_empty() || known(&options.drawn).is_some(),
+        "--drawn {}: {} says nothing about it",
+        options.drawn,
+        path.display()
+    );
     let notes: Result<Vec<Note>> = options
         .designs
         .iter()
