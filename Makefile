@@ -48,7 +48,7 @@ test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on bo
 
 compare: ## Every design in patches/v7.3/alternatives and numa-protect, the same cells on each, N= rounds (DESIGNS=, CELL=)
 	@scripts/designs --check $(DESIGNS)
-	@$(MAKE) modules selftests
+	@$(MAKE) selftests
 	@scripts/designs $(DESIGNS)
 
 report: selftests ## What make compare measured (DATA=FILE: an earlier run), as build/report/index.html and its figures
