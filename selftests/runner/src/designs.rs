@@ -120,9 +120,11 @@ pub struct Note {
 
 /// The layout of what is kept and of what is written; another one is not read.
 pub const LAYOUT: u32 = 4;
-/// The program that measures, and guest memory in its cells, in MiB: enough for several stripes of each kind.
+/// The program that measures, guest memory in its cells, in MiB, enough for several stripes of each kind, and what its boots
+/// have on the command line: it only counts what is traced, and buffers of the usual size take as long to make as a scan.
 const PROGRAM: &str = "numa_protect";
-const MEMORY: u32 = 16;
+const MEMORY: u32 = 8;
+const APPEND: &str = "trace_buf_size=64k";
 /// Kinds of paging in the guest's host, and what the kernel's command line says for each.
 const PAGING: &[(&str, &str)] = &[("nested", ""), ("shadow", "kvm_amd.npt=0 kvm_intel.ept=0")];
 /// The program that boots Linux, how often in all and at one time, and what is compared of it.
@@ -436,7 +438,7 @@ fn plan<'a>(options: &'a Options, notes: &'a [Note]) -> Vec<Boot<'a>> {
                 design,
                 name: format!("{paging}-paging.round-{round}"),
                 purpose: Purpose::Measure(paging),
-                append: append.to_string(),
+                append: format!("{APPEND} {append}"),
                 programs: vec![measure.clone()],
             }));
         }
