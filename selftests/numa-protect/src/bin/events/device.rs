@@ -250,7 +250,7 @@ fn left_alone(source: &Source, layout: &Layout) -> Result<()> {
 }
 
 /// Lets scans run while threads keep the mutex that the device takes for each notification: a scan waits for it, and hints
-/// every page. One that may not sleep would leave pages out.
+/// every page. One that may not sleep leaves pages out, for the next scan: so there is one only.
 fn hinted_while_busy(source: &Source) -> Result<()> {
     let mirror = Mirror::open()?;
     let (each, busy) = (Mapping::new(&EACH)?, Mapping::new(&BUSY)?);
@@ -273,7 +273,7 @@ fn hinted_while_busy(source: &Source) -> Result<()> {
             Ok(())
         };
         let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(read)).collect();
-        let result = while_spinning(|| under_scans(SCANS));
+        let result = while_spinning(|| under_scans(1));
         stop.store(true, Ordering::Relaxed);
         for reader in readers {
             reader.join().expect("reading does not panic")?;
