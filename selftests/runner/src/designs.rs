@@ -189,8 +189,8 @@ const COLUMNS: &[Column] = &[
     count("notifier calls/walk", Better::Less, |cell| {
         profiled(cell, "notifier_calls", "walks")
     }),
-    count("mmu_lock writes/walk", Better::Less, |cell| {
-        profiled(cell, "lock_writes", "walks")
+    count("mmu_lock writes/step", Better::Less, |cell| {
+        cell["profile"]["lock_writes"].as_f64()
     }),
     count("hinted/step", Better::Neither, |cell| {
         per_step(cell, "hinted")
@@ -216,7 +216,7 @@ const COLUMNS: &[Column] = &[
         running(cell, "flush_requests")
     }),
     time("mmu_lock held", Better::Less, |cell| {
-        profiled(cell, "lock_held_ns", "lock_walks")
+        cell["profile"]["lock_held_ns"].as_f64()
     }),
     time("task_numa_work()", Better::Less, |cell| {
         profiled(cell, "scan_ns", "scan_walks")
@@ -1117,7 +1117,7 @@ mod tests {
     fn figures_are_divided_by_the_scans() {
         let cell = serde_json::json!({
             "each_step": [{"hinted": 9, "dropped": 9}, {"hinted": 1, "dropped": 4}, {"hinted": 3, "dropped": 6}],
-            "profile": {"walks": 4, "notifier_calls": 6, "lock_walks": 0, "lock_held_ns": 3},
+            "profile": {"walks": 4, "notifier_calls": 6, "lock_writes": 2, "scan_walks": 0, "scan_ns": 3},
             "free_run": {"scans": 4, "flush_requests": 2, "touched": 6, "scanned_s": 1.5},
             "migrated": 7,
         });
@@ -1128,8 +1128,9 @@ mod tests {
         assert_eq!(value("hinted/step"), Some(2.0));
         assert_eq!(value(NOT_HINTED), Some(3.0));
         assert_eq!(value("notifier calls/walk"), Some(1.5));
-        assert_eq!(value("mmu_lock writes/walk"), None);
+        assert_eq!(value("mmu_lock writes/step"), Some(2.0));
         assert_eq!(value("mmu_lock held"), None);
+        assert_eq!(value("task_numa_work()"), None);
         assert_eq!(value("running: flush requests/scan"), Some(0.5));
         assert_eq!(value("running: progress"), Some(4.0));
         assert_eq!(value("migrated"), Some(7.0));

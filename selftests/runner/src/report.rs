@@ -35,7 +35,7 @@ const FIGURES: &[&str] = &[
     "dropped/step",
     "faults/step",
     "flush requests/step",
-    "mmu_lock writes/walk",
+    "mmu_lock writes/step",
     "notifier calls/walk",
     "running: retries/scan",
 ];
