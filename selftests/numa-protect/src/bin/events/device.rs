@@ -82,15 +82,15 @@ const HUGE: Layout = Layout {
 };
 /// Pages to be hinted while the device is busy, each a mapping of its own, so that the device hears of each by itself.
 const EACH: Layout = Layout {
-    advice: libc::MADV_NOHUGEPAGE,
     to_device: 0,
     stay: 64,
+    ..BASE
 };
 /// What it is busy with.
 const BUSY: Layout = Layout {
-    advice: libc::MADV_NOHUGEPAGE,
     to_device: 0,
     stay: 256,
+    ..BASE
 };
 /// Threads that keep it busy: with two, one always waits for the device's mutex; with more, that one gets it at once.
 const READERS: usize = 3;
