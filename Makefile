@@ -3,14 +3,13 @@
 # goes to build/, what is fetched to the cache folder ($XDG_CACHE_HOME, ~/.cache).
 #
 # Variables: KSRC=/path a kernel source tree of your own (only read), KDIR=/path a kernel build of your own for
-# `modules`, LLVM= for gcc, V=1 the whole output, ACCEL=tcg|kvm|auto, TESTS="PROGRAM[,ARG...]", JOBS=N.
+# `modules`, LLVM=1 for clang, V=1 the whole output, ACCEL=tcg|kvm|auto, TESTS="PROGRAM[,ARG...]", JOBS=N.
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 
-LLVM ?= 1
 export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
