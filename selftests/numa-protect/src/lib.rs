@@ -4,9 +4,10 @@
 
 #![deny(missing_docs)]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{channel, RecvTimeoutError};
 use std::time::Duration;
@@ -55,27 +56,87 @@ pub fn outcome(test: &str, outcome: Outcome) {
     tell(&Message::<()>::Result { test, outcome });
 }
 
-/// Where in the kernel each thread of the process `pid` is: what it waits for, if it hangs there.
-fn show_stacks(name: &str, pid: u32) {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
-    for task in tasks.into_iter().flatten().flatten() {
-        let read = |file| fs::read_to_string(task.path().join(file)).unwrap_or_default();
-        let (comm, stat, stack) = (read("comm"), read("stat"), read("stack"));
-        let state = stat
-            .rsplit(')')
-            .next()
-            .and_then(|rest| rest.split_whitespace().next());
+/// Where each thread of the process `pid` is, and what it is busy with: in the kernel what it waits for, else how it spends
+/// a second, and what KVM counts in it.
+fn show_threads(name: &str, pid: u32) {
+    let before = (times(pid), kvm_counters(pid));
+    std::thread::sleep(Duration::from_secs(1));
+    let (after, counters) = (times(pid), kvm_counters(pid));
+    for (tid, (comm, state, ticks)) in &after {
+        let stack = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stack")).unwrap_or_default();
         let calls: Vec<&str> = stack
             .lines()
             .filter_map(|line| line.split_whitespace().nth(1))
             .collect();
-        diagnostic(&format!(
-            "{name}: {} ({}): {}",
-            comm.trim(),
-            state.unwrap_or("?"),
-            calls.join(" < ")
-        ));
+        let spent: Vec<String> = ["user", "system", "guest"]
+            .iter()
+            .zip(ticks)
+            .zip(before.0.get(tid).map_or([0; 3], |(_, _, ticks)| *ticks))
+            .filter(|((_, after), before)| *after > before)
+            .map(|((what, after), before)| format!("{} ticks {what}", after - before))
+            .collect();
+        let (spent, calls) = (spent.join(", "), calls.join(" < "));
+        diagnostic(&format!("{name}: {comm} ({state}): {calls} {spent}"));
     }
+    for (counter, value) in &counters {
+        let more = value.saturating_sub(before.1.get(counter).copied().unwrap_or(0));
+        if more > 0 {
+            diagnostic(&format!("{name}: {}: {more} more", counter.display()));
+        }
+    }
+}
+
+/// By thread of the process `pid`: its name, its state, and its time in user mode, in the kernel and in a guest so far, in
+/// ticks (proc_pid_stat(5)).
+fn times(pid: u32) -> BTreeMap<String, (String, String, [u64; 3])> {
+    let mut threads = BTreeMap::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        let (Some((_, comm)), Some((_, rest))) = (stat.split_once('('), stat.rsplit_once(')'))
+        else {
+            continue;
+        };
+        let comm = comm.rsplit_once(')').map_or(comm, |(comm, _)| comm);
+        // The first of `rest` is field 3, the state.
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).copied().unwrap_or("?");
+        let ticks = [14, 15, 43].map(|number| field(number).parse().unwrap_or(0));
+        threads.insert(
+            task.file_name().to_string_lossy().into_owned(),
+            (comm.into(), field(3).into(), ticks),
+        );
+    }
+    threads
+}
+
+/// What KVM counts for the VMs of the process `pid` and their vCPUs, by file below debugfs.
+fn kvm_counters(pid: u32) -> BTreeMap<PathBuf, u64> {
+    let mut counters = BTreeMap::new();
+    let mut folders = vec![PathBuf::from("/sys/kernel/debug/kvm")];
+    while let Some(folder) = folders.pop() {
+        let is_top = folder.ends_with("kvm");
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let is_own = entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(&format!("{pid}-"));
+            let path = entry.path();
+            if path.is_dir() && (is_own || !is_top) {
+                folders.push(path);
+            } else if let Some(value) = fs::read_to_string(&path)
+                .ok()
+                .filter(|_| !is_top)
+                .and_then(|text| text.trim().parse().ok())
+            {
+                counters.insert(path, value);
+            }
+        }
+    }
+    counters
 }
 
 /// Runs the case `name` as `command`, prints its signs of life, puts the outcomes of its tests into `outcomes`, also of a
@@ -114,7 +175,7 @@ pub fn run<F: DeserializeOwned>(
         }
     };
     if silent {
-        show_stacks(name, child.id());
+        show_threads(name, child.id());
         child.kill().context("stop the case's process")?;
     }
     let status = child.wait().context("wait for the case's process")?;
