@@ -3,7 +3,7 @@
 //! assigned: the measurement of the RFC of 2023. Changes the machine's scan settings while it runs.
 //!
 //! Prints KTAP. Each boot is a process of its own, in a memory cgroup of its own. Guest memory lies on node 1, the vCPU runs
-//! on node 0, and from the first instruction to the restart, scans are as fast as the kernel lets them be. The guest's kernel
+//! on node 0, and from the first instruction to the restart, memory is scanned every `--period` milliseconds. The guest's kernel
 //! is the file `--kernel`; its first and only program is this one again, which writes to a quarter of the guest's memory a few
 //! times over, prints a checksum of it and restarts the machine. Leaves `linux_boots.json` in the folder `--results`, see
 //! [`Output`].
@@ -67,6 +67,9 @@ struct Args {
     /// How often the guest writes to each page of a quarter of its memory.
     #[arg(long, default_value_t = 2)]
     passes: u64,
+    /// Time from one scan to the next in milliseconds.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(100..=10_000))]
+    period: u32,
     /// More for the command line of the guest's kernel.
     #[arg(long, default_value = "")]
     append: String,
@@ -275,7 +278,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     let settings = match missing {
         None => {
             balancing::forbid_scans(CPU_NODE)?;
-            Some(Settings::fast()?)
+            Some(Settings::every(args.period)?)
         }
         Some(_) => None,
     };
