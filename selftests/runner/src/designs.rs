@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use anyhow::{bail, ensure, Context, Result};
@@ -49,6 +50,9 @@ pub struct Options {
     /// How often each kernel is booted
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
+    /// How many kernels run at the same time: one keeps about one processor busy
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub at_once: u32,
     /// Where each boot's results go, and are found again
     #[arg(long, value_name = "DIR")]
     pub results: PathBuf,
@@ -127,8 +131,10 @@ const MEMORY: u32 = 8;
 const APPEND: &str = "trace_buf_size=64k";
 /// Kinds of paging in the guest's host, and what the kernel's command line says for each.
 const PAGING: &[(&str, &str)] = &[("nested", ""), ("shadow", "kvm_amd.npt=0 kvm_intel.ept=0")];
-/// The program that boots Linux, how often in all and at one time, and what is compared of it.
+/// The program that boots Linux, how often in all and at one time, the milliseconds from scan to scan, which are the kernel's
+/// default for the shortest, and what is compared of it.
 const BOOTS_PROGRAM: &str = "linux_boots";
+const BOOTS_PERIOD: u32 = 1000;
 const BOOTS: u32 = 10;
 const BOOTS_A_ROUND: u32 = 5;
 const BOOT_COLUMNS: &[(&str, &str)] = &[
@@ -340,20 +346,8 @@ pub fn designs(options: &Options) -> Result<bool> {
             None => missing.push(one),
         }
     }
-    let begun = Instant::now();
-    for (done, one) in missing.iter().enumerate() {
-        let left = match done {
-            0 => String::new(),
-            _ => {
-                let each = begun.elapsed() / done as u32;
-                let left = each * (missing.len() - done) as u32;
-                format!(", about {} min left", left.as_secs().div_ceil(60))
-            }
-        };
-        let (number, of) = (done + 1, missing.len());
-        let design = &one.design.name;
-        eprintln!("==> boot {number} of {of}{left}: {design}, {}", one.name);
-        kept.push(((*one).clone(), run(options, one)?));
+    for (one, kept_now) in missing.iter().zip(run_all(options, &missing)?) {
+        kept.push(((*one).clone(), kept_now));
     }
     let accel = kept[0].1.accel;
     if let Some((one, _)) = kept.iter().find(|(_, kept)| kept.accel != accel) {
@@ -390,6 +384,45 @@ pub fn designs(options: &Options) -> Result<bool> {
         }
     }
     Ok(good)
+}
+
+/// Runs these boots, `--at-once` at a time, in order. After one that cannot be run no other is begun.
+fn run_all(options: &Options, missing: &[&Boot]) -> Result<Vec<Kept>> {
+    let begun = Instant::now();
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let gone_wrong = AtomicBool::new(false);
+    let work = || {
+        let mut ran = Vec::new();
+        while !gone_wrong.load(Relaxed) {
+            let index = next.fetch_add(1, Relaxed);
+            let Some(one) = missing.get(index) else {
+                break;
+            };
+            let left = match done.load(Relaxed) {
+                0 => String::new(),
+                done => {
+                    let left = begun.elapsed() / done as u32 * (missing.len() - done) as u32;
+                    format!(", about {} min left", left.as_secs().div_ceil(60))
+                }
+            };
+            let (number, of) = (index + 1, missing.len());
+            let design = &one.design.name;
+            eprintln!("==> boot {number} of {of}{left}: {design}, {}", one.name);
+            let kept = run(options, one);
+            gone_wrong.fetch_or(kept.is_err(), Relaxed);
+            done.fetch_add(1, Relaxed);
+            ran.push((index, kept));
+        }
+        ran
+    };
+    let mut all: Vec<(usize, Result<Kept>)> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..options.at_once).map(|_| scope.spawn(work)).collect();
+        let ran = workers.into_iter().map(|worker| worker.join());
+        ran.flat_map(|ran| ran.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, kept)| kept).collect()
 }
 
 /// What is known about the designs, in the order in which they were named.
@@ -452,7 +485,9 @@ fn plan<'a>(options: &'a Options, notes: &'a [Note]) -> Vec<Boot<'a>> {
             name: format!("{BOOTS_PROGRAM}.round-{round}"),
             purpose: Purpose::Boots,
             append: String::new(),
-            programs: vec![format!("{BOOTS_PROGRAM},--boots={BOOTS_A_ROUND}")],
+            programs: vec![format!(
+                "{BOOTS_PROGRAM},--boots={BOOTS_A_ROUND},--period={BOOTS_PERIOD}"
+            )],
         }));
     }
     for (design, note) in options.designs.iter().zip(notes) {
@@ -864,10 +899,16 @@ impl Data {
                     .iter()
                     .any(|note| note.name == *design && note.sound);
                 let both = |index: usize| Spread::of(&ours[index]).zip(Spread::of(&values[index]));
+                let differ = |index: usize, own: Spread, other: Spread| {
+                    own.differs(
+                        other,
+                        [reference, design].map(|name| self.noise(name, index)),
+                    )
+                };
                 let hints_alike = (0..self.columns.len())
                     .filter(|index| self.columns[*index].better == Better::Neither)
-                    .filter_map(both)
-                    .all(|(own, other)| !own.differs(other));
+                    .filter_map(|index| Some((index, both(index)?)))
+                    .all(|(index, (own, other))| !differ(index, own, other));
                 if design == reference || !is_sound || !hints_alike {
                     continue;
                 }
@@ -884,7 +925,7 @@ impl Data {
                         Better::More => own.mean < other.mean,
                         Better::Neither => false,
                     };
-                    if !is_worse || !own.differs(other) {
+                    if !is_worse || !differ(index, own, other) {
                         continue;
                     }
                     let cell = format!("{} ({})", measured.cell, measured.paging);
@@ -928,11 +969,11 @@ impl Data {
             let titles = self.columns.iter().map(|column| &column.title[..]);
             table.set_header(std::iter::once("design").chain(titles));
             for note in &self.designs {
-                let Some(columns) = measured.values.get(&note.name) else {
+                if !measured.values.contains_key(&note.name) {
                     continue;
-                };
+                }
                 let texts = (0..self.columns.len()).map(|index| {
-                    let text = self.text(measured, columns, index, reference);
+                    let text = self.text(measured, &note.name, index, reference);
                     Cell::new(text).set_alignment(CellAlignment::Right)
                 });
                 table.add_row(std::iter::once(Cell::new(&note.name)).chain(texts));
@@ -940,7 +981,7 @@ impl Data {
             println!("\n{}, {} paging\n\n{table}", measured.cell, measured.paging);
         }
         println!(
-            "\nMean and standard deviation over {} rounds. `*`: further from {reference} than the rounds of either are apart.\n\
+            "\nMean and standard deviation over {} rounds. `*`: further from {reference} than chance explains.\n\
              Times are ratios to {} in the same round.\n",
             self.rounds, self.designs[0].name
         );
@@ -992,20 +1033,30 @@ impl Data {
             .collect()
     }
 
+    /// How noisy a column is for a design: its standard deviation relative to the mean, over all cells.
+    fn noise(&self, design: &str, index: usize) -> f64 {
+        let spreads = self
+            .measured
+            .iter()
+            .filter_map(|measured| Spread::of(measured.values.get(design)?.get(index)?));
+        let squares: Vec<f64> = spreads
+            .filter(|spread| spread.mean > 0.0 && spread.rounds > 1)
+            .map(|spread| (spread.deviation / spread.mean).powi(2))
+            .collect();
+        match squares.len() {
+            0 => 0.0,
+            cells => (squares.iter().sum::<f64>() / cells as f64).sqrt(),
+        }
+    }
+
     /// One value of a table, with its mark.
-    pub fn text(
-        &self,
-        measured: &Measured,
-        columns: &[Vec<f64>],
-        index: usize,
-        reference: &str,
-    ) -> String {
-        let other = measured.values.get(reference);
-        let other = other.and_then(|columns| Spread::of(&columns[index]));
+    pub fn text(&self, measured: &Measured, design: &str, index: usize, reference: &str) -> String {
+        let spread = |name: &str| Spread::of(measured.values.get(name)?.get(index)?);
         let kind = self.columns[index].kind;
-        match (Spread::of(&columns[index]), other) {
+        let noise = [design, reference].map(|name| self.noise(name, index));
+        match (spread(design), spread(reference)) {
             (None, _) => "-".to_string(),
-            (Some(spread), Some(other)) if spread.differs(other) => {
+            (Some(spread), Some(other)) if spread.differs(other, noise) => {
                 format!("{}*", spread.text(kind))
             }
             (Some(spread), _) => format!("{} ", spread.text(kind)),
@@ -1042,6 +1093,10 @@ pub struct Spread {
     rounds: usize,
 }
 
+/// How many standard errors apart two means have to be: chance alone does that once in 150,000 comparisons, and there are a
+/// few thousand.
+const APART: f64 = 4.5;
+
 impl Spread {
     /// Of these, if there are any.
     pub fn of(values: &[f64]) -> Option<Spread> {
@@ -1066,11 +1121,16 @@ impl Spread {
         })
     }
 
-    /// Whether their ranges lie further apart than either is wide. One round alone does not say what is noise.
-    pub fn differs(self, other: Spread) -> bool {
-        let gap = (self.least - other.most).max(other.least - self.most);
-        let width = (self.most - self.least).max(other.most - other.least);
-        self.rounds.min(other.rounds) > 1 && gap > width
+    /// Whether they are further apart than chance explains; with `noise`, for each, the deviation relative to the mean that
+    /// its column has in all cells: of the few rounds of one cell, a small deviation may be an accident. One round alone does
+    /// not say what is noise.
+    pub fn differs(self, other: Spread, noise: [f64; 2]) -> bool {
+        let error = |one: Spread, noise: f64| {
+            one.deviation.max(noise * one.mean).powi(2) / one.rounds as f64
+        };
+        let error = (error(self, noise[0]) + error(other, noise[1])).sqrt();
+        let gap = (self.mean - other.mean).abs();
+        self.rounds.min(other.rounds) > 1 && gap > APART * error
     }
 
     /// Mean and standard deviation, in words.
@@ -1097,12 +1157,17 @@ mod tests {
 
     #[test]
     fn a_difference_within_the_noise_is_none() {
-        assert!(!spread(&[1.0, 3.0]).differs(spread(&[2.0, 4.0])));
-        assert!(spread(&[1.0, 1.1]).differs(spread(&[2.0, 2.1])));
-        assert!(!spread(&[1.0, 2.0]).differs(spread(&[2.5, 2.6])));
-        assert!(spread(&[5.0, 5.0]).differs(spread(&[6.0, 6.0])));
-        assert!(!spread(&[5.0, 5.0]).differs(spread(&[5.0, 5.0])));
-        assert!(!spread(&[5.0]).differs(spread(&[6.0])));
+        let differ = |one: &[f64], other: &[f64]| spread(one).differs(spread(other), [0.0; 2]);
+        assert!(!differ(&[1.0, 3.0], &[2.0, 4.0]));
+        assert!(differ(&[1.0, 1.1], &[2.0, 2.1]));
+        assert!(!differ(&[1.0, 2.0], &[2.5, 2.6]));
+        assert!(differ(&[5.0, 5.0], &[6.0, 6.0]));
+        assert!(!differ(&[5.0, 5.0], &[5.0, 5.0]));
+        assert!(!differ(&[5.0], &[6.0]));
+        // Close together by chance, in a column that is not.
+        let (one, other) = (spread(&[222.0, 224.0]), spread(&[201.0, 201.0]));
+        assert!(one.differs(other, [0.0; 2]));
+        assert!(!one.differs(other, [0.1; 2]));
         assert_eq!(Spread::of(&[]), None);
     }
 
@@ -1229,6 +1294,7 @@ mod tests {
             cells: vec!["anon".into()],
             only: String::new(),
             rounds: 1,
+            at_once: 1,
             results: results.clone(),
             output: results.join("out"),
             accel: boot::Accel::Tcg,

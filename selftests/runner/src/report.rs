@@ -315,16 +315,16 @@ fn page(data: &Data, figures: &[(&str, String)], timeline: &str, reference: &str
                     figure { figcaption { (title) } (PreEscaped(svg)) }
                 } }
                 h2 { "All cells" }
-                p { "*: further from " (reference) " than the rounds of either are apart. Times are ratios to " (data.designs[0].name) " in the same round." }
+                p { "*: further from " (reference) " than chance explains. Times are ratios to " (data.designs[0].name) " in the same round." }
                 @for measured in &data.measured {
                     details {
                         summary { (measured.cell) ", " (measured.paging) " paging" }
                         div.wide { table.figure-table {
                             tr { th { "design" } @for column in &data.columns { th { (column.title) } } }
-                            @for note in &data.designs { @if let Some(columns) = measured.values.get(&note.name) {
+                            @for note in &data.designs { @if measured.values.contains_key(&note.name) {
                                 tr {
                                     td class=[class(&note.name)] { (note.name) }
-                                    @for index in 0..data.columns.len() { td { (data.text(measured, columns, index, reference)) } }
+                                    @for index in 0..data.columns.len() { td { (data.text(measured, &note.name, index, reference)) } }
                                 }
                             } }
                         } }
