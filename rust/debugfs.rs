@@ -26,9 +26,11 @@ use kernel::{
     module::this_module,
     prelude::*,
     sync::Arc,
+    types::ForeignOwnable,
     uaccess::{
         UserPtr,
-        UserSlice, //
+        UserSlice,
+        UserSliceWriter, //
     },
 };
 
@@ -139,6 +141,19 @@ impl Dir {
         File::new(self, name, 0o400, data, &Operations::<T>::READ)
     }
 
+    /// Makes a file that its owner can read, mode 0400, and that shows each who opens it something of
+    /// his own, from beginning to end.
+    pub fn read_stream<'a, T>(
+        &'a self,
+        name: &'a CStr,
+        data: T,
+    ) -> impl PinInit<File<T>, Error> + 'a
+    where
+        T: Open + Send + Sync + 'static,
+    {
+        File::new(self, name, 0o400, data, &Operations::<T>::STREAM)
+    }
+
     /// Makes a file that its owner can write, mode 0200.
     pub fn write_binary_file<'a, T>(
         &'a self,
@@ -150,6 +165,22 @@ impl Dir {
     {
         File::new(self, name, 0o200, data, &Operations::<T>::WRITE)
     }
+}
+
+/// What a file shows that is read from beginning to end, see [`Dir::read_stream`]. Not in
+/// `kernel::debugfs` of Linux 7.3, where a file knows no more of its reader than the position.
+pub trait Open {
+    /// What is kept for who has it open. It may outlive the file.
+    type Stream: Stream;
+
+    /// Is called when the file is opened.
+    fn open(&self) -> Result<Pin<KBox<Self::Stream>>>;
+}
+
+/// An open file that is read from beginning to end. Several threads may read it at once.
+pub trait Stream: Send + Sync + 'static {
+    /// Writes what comes next, as much as there is room for. Returns the number of bytes, 0 at the end.
+    fn read(&self, writer: &mut UserSliceWriter) -> Result<usize>;
 }
 
 /// A file, and what it shows.
@@ -215,6 +246,64 @@ impl<T: BinaryWriter + Sync> Operations<T> {
         let mut writer = UserSlice::new(UserPtr::from_ptr(buffer.cast()), count).writer();
 
         as_count(data.write_to_slice(&mut writer, position))
+    }
+}
+
+impl<T: Open + Sync> Operations<T> {
+    const STREAM: bindings::file_operations = bindings::file_operations {
+        open: Some(Self::open_stream),
+        read: Some(Self::read_stream),
+        release: Some(Self::release_stream),
+        llseek: None,
+        ..Self::COMMON
+    };
+
+    /// # Safety
+    ///
+    /// To be called by the VFS alone, on a file whose inode has a `T` for its private data.
+    unsafe extern "C" fn open_stream(
+        inode: *mut bindings::inode,
+        file: *mut bindings::file,
+    ) -> c_int {
+        // SAFETY: the inode's private data is a `T` that lives until the file is removed, which
+        // waits for this call.
+        let data = unsafe { &*(*inode).i_private.cast::<T>() };
+        let stream = match data.open() {
+            Ok(stream) => stream.into_foreign(),
+            Err(error) => return error.to_errno(),
+        };
+        // SAFETY: the file is being opened, and nobody else knows it yet.
+        unsafe { (*file).private_data = stream };
+        // SAFETY: called as an `open` of its own would be. Always returns 0.
+        unsafe { bindings::nonseekable_open(inode, file) }
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the VFS alone, on a file that `open_stream()` opened.
+    unsafe extern "C" fn read_stream(
+        file: *mut bindings::file,
+        buffer: *mut c_char,
+        count: usize,
+        _position: *mut bindings::loff_t,
+    ) -> isize {
+        // SAFETY: `open_stream()` put it there, and it stays until the last user of the file is gone.
+        let stream = unsafe { Pin::<KBox<T::Stream>>::borrow((*file).private_data) };
+        let mut writer = UserSlice::new(UserPtr::from_ptr(buffer.cast()), count).writer();
+
+        as_count(stream.read(&mut writer))
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the VFS alone, once, on a file that `open_stream()` opened.
+    unsafe extern "C" fn release_stream(
+        _inode: *mut bindings::inode,
+        file: *mut bindings::file,
+    ) -> c_int {
+        // SAFETY: from `open_stream()`, and nobody uses it any more.
+        drop(unsafe { Pin::<KBox<T::Stream>>::from_foreign((*file).private_data) });
+        0
     }
 }
 

@@ -488,11 +488,11 @@ pub mod support {
         }
     }
 
-    /// `CLOCK_MONOTONIC` in nanoseconds, as tracers read it: from any context, without waiting for
-    /// an update of the clock (`time.rs`).
+    /// `CLOCK_MONOTONIC` in nanoseconds: never goes back, not from one CPU to another either
+    /// (`time.rs`, where it is private to the crate).
     pub fn monotonic_ns() -> u64 {
-        // SAFETY: safe to call from any context.
-        unsafe { bindings::ktime_get_mono_fast_ns() }
+        // SAFETY: safe to call but in an NMI, and there are no notifiers in one.
+        unsafe { bindings::ktime_get() as u64 }
     }
 
     /// An estimate of the memory that can be had without swapping, in bytes (`mm.rs`).

@@ -7,20 +7,21 @@
 //! In `/sys/kernel/debug/mmu_notifier_trace`:
 //!
 //! - `attach`: write `PID` or `PID RECORDS` to record that process. `RECORDS` is the size of its
-//!   ring, a power of two, at most 4194304; 65536 unless given. The pid is looked up in the
-//!   writer's pid namespace; the directory gets the number that was written. With `plain` as the
+//!   ring for each CPU, a power of two, at most 4194304; 16384 unless given. The pid is looked up in
+//!   the writer's pid namespace; the directory gets the number that was written. With `plain` as the
 //!   last word, the subscriber has no `numa_protect`, as those that were written before it existed;
 //!   its directory is `PID.plain`. A process can have both, to hold one against the other.
 //! - `detach`: write `PID`, or `PID plain`, to stop and to throw the trace away.
-//! - `PID/trace`: the records as text, one a line. Its file positions are marks to read on from,
-//!   not byte counts.
-//! - `PID/records`: the records as [`record::Record`] lays them out; record `seq` is at offset
-//!   `seq * 64`. A record that was overwritten or lost reads as kind 0. The first one that is
-//!   still there is the one numbered as `overwritten` in `stats`.
+//! - `PID/trace`: the records of all CPUs as text, one a line, in the order of time. It is read from
+//!   beginning to end, by each who opens it.
 //! - `PID/stats`: `recorded`, the callbacks seen (for `numa_protect`, the stretches); of these
-//!   `overwritten`, those that the ring has no room for any more, and `lost`, those never stored
+//!   `overwritten`, those that the rings have no room for any more, and `lost`, those never stored
 //!   because a writer was delayed for so long that the others went round the whole ring; `size`,
-//!   that of the ring.
+//!   the room in all rings.
+//! - `PID/per_cpu/cpuN/records`: the records of that CPU as [`record::Record`] lays them out; record
+//!   `seq` is at offset `seq * 64`. A record that was overwritten or lost reads as kind 0. The first
+//!   one that is still there is the one numbered as `overwritten` in `stats`.
+//! - `PID/per_cpu/cpuN/stats`: the same as `PID/stats`, of that CPU.
 //!
 //! What is recorded is an address space: that of all threads of the process, not that of a child.
 //! When it ends, because the process exits or calls `execve()`, its `release` is the last record,
@@ -32,7 +33,10 @@
 
 use core::fmt::Write as _;
 use kernel::{
-    cpu::CpuId,
+    cpu::{
+        nr_cpu_ids,
+        CpuId, //
+    },
     current,
     debugfs::{
         BinaryReader,
@@ -65,10 +69,12 @@ pub mod debugfs;
 pub mod mmu_notifier;
 pub mod record;
 pub mod ring;
+pub mod text;
 
 use debugfs::{
     Dir,
-    File, //
+    File,
+    Open, //
 };
 #[cfg(mmu_notifier_numa_protect)]
 use mmu_notifier::NumaHints;
@@ -85,7 +91,14 @@ use record::{
 };
 use ring::{
     Entry,
+    Merge,
+    Merged,
     Slot, //
+};
+use text::{
+    Line,
+    Lines,
+    Text, //
 };
 
 module! {
@@ -96,41 +109,48 @@ module! {
     license: "GPL",
 }
 
-const DEFAULT_RECORDS: u64 = 64 * 1024;
+const DEFAULT_RECORDS: u64 = 16 * 1024;
 const MAX_RECORDS: u64 = 4 * 1024 * 1024;
 
 type Ring = ring::Ring<KVVec<Slot>>;
+type Rings = ring::PerCpu<KVVec<Ring>>;
 
-/// Makes an empty ring of `size` records.
+/// Makes empty rings of `size` records, one for each CPU that there can be.
 ///
 /// Checks what there is beforehand, as the allocation alone would have other processes killed.
-fn new_ring(size: u64) -> Result<Arc<Ring>> {
-    let bytes = size * size_of::<Slot>() as u64;
+fn new_rings(size: u64) -> Result<Arc<Rings>> {
+    let cpus = nr_cpu_ids() as usize;
+    let bytes = (size * size_of::<Slot>() as u64).saturating_mul(cpus as u64);
     if support::available_bytes() < bytes {
         return Err(ENOMEM);
     }
 
     let size = usize::try_from(size)?;
-    let mut slots = KVVec::with_capacity(size, GFP_KERNEL | __GFP_NOWARN)?;
-    for _ in 0..size {
-        slots.push(Slot::default(), GFP_KERNEL)?;
+    let mut rings = KVVec::with_capacity(cpus, GFP_KERNEL)?;
+    for _ in 0..cpus {
+        let mut slots = KVVec::with_capacity(size, GFP_KERNEL | __GFP_NOWARN)?;
+        for _ in 0..size {
+            slots.push(Slot::default(), GFP_KERNEL)?;
+        }
+        rings.push(Ring::new(slots).ok_or(EINVAL)?, GFP_KERNEL)?;
     }
-    Ok(Arc::new(Ring::new(slots).ok_or(EINVAL)?, GFP_KERNEL)?)
+    Ok(Arc::new(Rings::new(rings).ok_or(EINVAL)?, GFP_KERNEL)?)
 }
 
 /// The subscriber: writes a record for each callback.
-struct Recorder(Arc<Ring>);
+struct Recorder(Arc<Rings>);
 
 impl Recorder {
     fn record(&self, record: Record) {
+        let cpu = CpuId::current().as_u32();
         let record = Record {
             time_ns: support::monotonic_ns(),
-            cpu: CpuId::current().as_u32(),
+            cpu,
             tid: current!().pid() as u32,
             comm: support::current_comm(),
             ..record
         };
-        self.0.push(&record.to_words());
+        self.0.push(cpu as usize, &record.to_words());
     }
 
     fn record_range(&self, kind: u8, range: &Range) {
@@ -245,8 +265,8 @@ enum Subscription {
 }
 
 impl Subscription {
-    fn new(name: Name, mm: &MmWithUser, ring: Arc<Ring>) -> Result<Self> {
-        let recorder = Recorder(ring);
+    fn new(name: Name, mm: &MmWithUser, rings: Arc<Rings>) -> Result<Self> {
+        let recorder = Recorder(rings);
 
         Ok(if name.plain {
             Self::Plain(KBox::pin_init(
@@ -277,8 +297,11 @@ struct Name {
     plain: bool,
 }
 
-/// The `records` file.
-struct Records(Arc<Ring>);
+/// The `records` file of a CPU.
+struct Records {
+    rings: Arc<Rings>,
+    cpu: usize,
+}
 
 impl BinaryWriter for Records {
     fn write_to_slice(
@@ -286,14 +309,15 @@ impl BinaryWriter for Records {
         writer: &mut UserSliceWriter,
         offset: &mut file::Offset,
     ) -> Result<usize> {
+        let ring = &self.rings.rings()[self.cpu];
         let room = writer.len();
         let mut at = u64::try_from(*offset)?;
 
         while !writer.is_empty() {
             let seq = at / record::SIZE as u64;
-            let record = match self.0.get(seq) {
+            let record = match ring.get(seq) {
                 Entry::Stored(words) => Record::from_words(seq, words),
-                Entry::Overwritten | Entry::Lost => Record::overwritten(seq),
+                Entry::Overwritten | Entry::Lost => Record::overwritten(seq, self.cpu as u32),
                 Entry::Pending => break,
             };
             let bytes = &record.to_bytes()[at as usize % record::SIZE..];
@@ -307,171 +331,150 @@ impl BinaryWriter for Records {
     }
 }
 
-/// A line of text, on the stack.
-struct Line {
-    text: [u8; Line::SIZE],
-    len: usize,
-}
-
-impl Line {
-    /// More than the longest line takes; the rest of a longer one would be left out.
-    const SIZE: usize = 256;
-
-    const EMPTY: Self = Self {
-        text: [0; Self::SIZE],
-        len: 0,
-    };
-
-    fn as_bytes(&self) -> &[u8] {
-        &self.text[..self.len]
-    }
-}
-
-impl core::fmt::Write for Line {
-    fn write_str(&mut self, text: &str) -> core::fmt::Result {
-        let room = &mut self.text[self.len..];
-        let len = text.len().min(room.len());
-        room[..len].copy_from_slice(&text.as_bytes()[..len]);
-        self.len += len;
-        Ok(())
-    }
-}
-
-/// A text file, given a line at a time.
-///
-/// Formats and copies line by line and holds nothing meanwhile, so that neither the length of the
-/// text nor a slow reader matters, and no line is a mix of two moments. A file position is the
-/// number of a line, and how many bytes of that line were read.
-trait Lines {
-    /// The line with this number, and the number of the line that follows. [`None`] at the end.
-    fn line(&self, number: u64) -> Option<(Line, u64)>;
-
-    fn write_lines(
-        &self,
-        writer: &mut UserSliceWriter,
-        offset: &mut file::Offset,
-    ) -> Result<usize> {
-        // Their range is that of a line's length.
-        const BYTE_BITS: u32 = Line::SIZE.trailing_zeros() + 1;
-
-        let room = writer.len();
-        let position = u64::try_from(*offset)?;
-        let mut number = position >> BYTE_BITS;
-        let mut byte = (position & ((1 << BYTE_BITS) - 1)) as usize;
-
-        while let Some((line, next)) = self.line(number) {
-            let rest = line.as_bytes().get(byte..).unwrap_or(b"\n");
-            if rest.len() <= writer.len() {
-                writer.write_slice(rest)?;
-                number = next;
-                byte = 0;
-            } else if room == writer.len() {
-                // Only a buffer without room for a line gets a part of one.
-                writer.write_slice(&rest[..room])?;
-                byte += room;
-                break;
-            } else {
-                break;
-            }
-        }
-
-        *offset = ((number << BYTE_BITS) | byte as u64).try_into()?;
-        Ok(room - writer.len())
-    }
-}
-
-/// The `trace` file: the lines of the header, then one for each sequence number.
+/// The `trace` file.
 struct Trace {
     pid: Pid,
-    ring: Arc<Ring>,
+    rings: Arc<Rings>,
 }
 
-impl Trace {
-    const HEADER_LINES: u64 = 6;
+impl Open for Trace {
+    type Stream = Text<TraceLines>;
+
+    fn open(&self) -> Result<Pin<KBox<Self::Stream>>> {
+        let cpus = self.rings.rings().len();
+
+        Text::new(TraceLines {
+            pid: self.pid,
+            rings: self.rings.clone(),
+            header: 0,
+            merge: Merge::new(KVVec::from_elem(0, cpus, GFP_KERNEL)?),
+        })
+    }
 }
 
-impl Lines for Trace {
-    fn line(&self, number: u64) -> Option<(Line, u64)> {
+/// The lines of the header, then one for each record.
+struct TraceLines {
+    pid: Pid,
+    rings: Arc<Rings>,
+    header: u32,
+    merge: Merge<KVVec<u64>>,
+}
+
+impl Lines for TraceLines {
+    fn next_line(&mut self) -> Option<Line> {
         let mut line = Line::EMPTY;
-        let mut next = number + 1;
-        let ring = &self.ring;
+        let rings = &self.rings;
 
         // Writing to a `Line` cannot fail.
-        let _ = match number {
+        let _ = match self.header {
             0 => core::writeln!(line, "# tracer: mmu_notifier_trace"),
             1 | 3 => core::writeln!(line, "#"),
             2 => core::writeln!(
                 line,
-                "# pid {}: records recorded/overwritten/lost: {}/{}/{}   ring: {}",
+                "# pid {}: records recorded/overwritten/lost: {}/{}/{}   #P:{} rings of {}",
                 self.pid,
-                ring.recorded(),
-                ring.overwritten(),
-                ring.lost(),
-                ring.size(),
+                rings.total(Ring::recorded),
+                rings.total(Ring::overwritten),
+                rings.total(Ring::lost),
+                rings.rings().len(),
+                rings.rings()[0].size(),
             ),
             4 => core::writeln!(
                 line,
                 "#           COMM-TID     [CPU]    TIMESTAMP: CALLBACK: START-END (PAGES) EVENT FLAGS"
             ),
             5 => core::writeln!(line, "#              | |          |            |"),
-            _ => {
-                let seq = number - Self::HEADER_LINES;
-                match ring.get(seq) {
-                    Entry::Stored(words) => {
-                        let record = Record::from_words(seq, words);
-                        core::writeln!(line, "{}", record.line(PAGE_SHIFT as u32))
-                    }
-                    Entry::Overwritten => {
-                        let oldest = ring.overwritten().max(seq + 1);
-                        next = oldest + Self::HEADER_LINES;
-                        core::writeln!(line, "# {} records overwritten", oldest - seq)
-                    }
-                    Entry::Lost => core::writeln!(line, "# 1 record lost"),
-                    Entry::Pending => return None,
+            _ => match self.merge.next(rings)? {
+                Merged::Stored { seq, words, .. } => {
+                    let record = Record::from_words(seq, words);
+                    core::writeln!(line, "{}", record.line(PAGE_SHIFT as u32))
                 }
-            }
+                Merged::Missing { cpu, count } => {
+                    core::writeln!(line, "CPU:{cpu} [LOST {count} EVENTS]")
+                }
+            },
         };
-        Some((line, next))
+        self.header = (self.header + 1).min(6);
+        Some(line)
     }
 }
 
-impl BinaryWriter for Trace {
-    fn write_to_slice(
-        &self,
-        writer: &mut UserSliceWriter,
-        offset: &mut file::Offset,
-    ) -> Result<usize> {
-        self.write_lines(writer, offset)
+/// A `stats` file: of one CPU, or of all.
+struct Stats {
+    rings: Arc<Rings>,
+    cpu: Option<usize>,
+}
+
+impl Open for Stats {
+    type Stream = Text<StatsLines>;
+
+    fn open(&self) -> Result<Pin<KBox<Self::Stream>>> {
+        let rings = self.rings.rings();
+        let count = |count: fn(&Ring) -> u64| match self.cpu {
+            Some(cpu) => count(&rings[cpu]),
+            None => self.rings.total(count),
+        };
+
+        Text::new(StatsLines {
+            lines: [
+                ("recorded", count(Ring::recorded)),
+                ("overwritten", count(Ring::overwritten)),
+                ("lost", count(Ring::lost)),
+                ("size", count(Ring::size)),
+            ],
+            next: 0,
+        })
     }
 }
 
-/// The `stats` file.
-struct Stats(Arc<Ring>);
+/// The counts when the file was opened.
+struct StatsLines {
+    lines: [(&'static str, u64); 4],
+    next: usize,
+}
 
-impl Lines for Stats {
-    fn line(&self, number: u64) -> Option<(Line, u64)> {
+impl Lines for StatsLines {
+    fn next_line(&mut self) -> Option<Line> {
+        let (name, value) = self.lines.get(self.next)?;
         let mut line = Line::EMPTY;
-        let (name, value) = match number {
-            0 => ("recorded", self.0.recorded()),
-            1 => ("overwritten", self.0.overwritten()),
-            2 => ("lost", self.0.lost()),
-            3 => ("size", self.0.size()),
-            _ => return None,
-        };
 
         // Writing to a `Line` cannot fail.
         let _ = core::writeln!(line, "{name} {value}");
-        Some((line, number + 1))
+        self.next += 1;
+        Some(line)
     }
 }
 
-impl BinaryWriter for Stats {
-    fn write_to_slice(
-        &self,
-        writer: &mut UserSliceWriter,
-        offset: &mut file::Offset,
-    ) -> Result<usize> {
-        self.write_lines(writer, offset)
+/// The files of one CPU.
+#[pin_data]
+struct CpuFiles {
+    #[pin]
+    records: File<Records>,
+    #[pin]
+    stats: File<Stats>,
+}
+
+impl CpuFiles {
+    fn new(dir: &Dir, rings: &Arc<Rings>, cpu: usize) -> Result<Pin<KBox<Self>>> {
+        let dir = dir.subdir(&CString::try_from_fmt(fmt!("cpu{cpu}"))?)?;
+        let (records, stats) = (
+            Records {
+                rings: rings.clone(),
+                cpu,
+            },
+            Stats {
+                rings: rings.clone(),
+                cpu: Some(cpu),
+            },
+        );
+
+        KBox::pin_init(
+            try_pin_init!(Self {
+                records <- dir.read_binary_file(c"records", records),
+                stats <- dir.read_stream(c"stats", stats),
+            }),
+            GFP_KERNEL,
+        )
     }
 }
 
@@ -481,9 +484,8 @@ struct Target {
     #[pin]
     trace: File<Trace>,
     #[pin]
-    records: File<Records>,
-    #[pin]
     stats: File<Stats>,
+    per_cpu: KVec<Pin<KBox<CpuFiles>>>,
     name: Name,
     subscription: Subscription,
 }
@@ -492,22 +494,32 @@ impl Target {
     fn new(
         name: Name,
         subscription: Subscription,
-        ring: Arc<Ring>,
+        rings: Arc<Rings>,
         dir: Dir,
-    ) -> impl PinInit<Self, Error> {
-        try_pin_init!(Self {
-            trace <- dir.read_binary_file(
-                c"trace",
-                Trace {
-                    pid: name.pid,
-                    ring: ring.clone(),
-                },
-            ),
-            records <- dir.read_binary_file(c"records", Records(ring.clone())),
-            stats <- dir.read_binary_file(c"stats", Stats(ring)),
-            name,
-            subscription,
-        })
+    ) -> Result<Pin<KBox<Self>>> {
+        let cpus = dir.subdir(c"per_cpu")?;
+        let mut per_cpu = KVec::new();
+        for cpu in 0..rings.rings().len() {
+            per_cpu.push(CpuFiles::new(&cpus, &rings, cpu)?, GFP_KERNEL)?;
+        }
+        let (trace, stats) = (
+            Trace {
+                pid: name.pid,
+                rings: rings.clone(),
+            },
+            Stats { rings, cpu: None },
+        );
+
+        KBox::pin_init(
+            try_pin_init!(Self {
+                trace <- dir.read_stream(c"trace", trace),
+                stats <- dir.read_stream(c"stats", stats),
+                per_cpu,
+                name,
+                subscription,
+            }),
+            GFP_KERNEL,
+        )
     }
 }
 
@@ -520,7 +532,7 @@ struct Targets {
 }
 
 impl Targets {
-    /// Starts to record the process `name.pid` into a ring of `size` records.
+    /// Starts to record the process `name.pid` into rings of `size` records.
     fn attach(&self, name: Name, size: u64) -> Result {
         // Before the list is locked, so that it is put after the unlocking: the last user of an
         // address space tears it down.
@@ -529,21 +541,19 @@ impl Targets {
 
         let attached = |target: &Pin<KBox<Target>>| {
             target.name.plain == name.plain
-                && (target.name.pid == name.pid
-                    || target.subscription.mm().as_raw() == mm.as_raw())
+                && (target.name.pid == name.pid || target.subscription.mm().as_raw() == mm.as_raw())
         };
         if list.iter().any(attached) {
             return Err(EEXIST);
         }
 
         list.reserve(1, GFP_KERNEL)?;
-        let ring = new_ring(size)?;
+        let rings = new_rings(size)?;
         let suffix = if name.plain { ".plain" } else { "" };
         let dir = CString::try_from_fmt(fmt!("{}{suffix}", name.pid))?;
         let dir = self.dir.subdir(&dir)?;
-        let subscription = Subscription::new(name, &mm, ring.clone())?;
-        let target = KBox::pin_init(Target::new(name, subscription, ring, dir), GFP_KERNEL)?;
-        list.push(target, GFP_KERNEL)?;
+        let subscription = Subscription::new(name, &mm, rings.clone())?;
+        list.push(Target::new(name, subscription, rings, dir)?, GFP_KERNEL)?;
         Ok(())
     }
 

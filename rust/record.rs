@@ -7,12 +7,12 @@
 
 use core::fmt;
 
-/// Size of a record in the `records` file, in bytes. Record `seq` is at offset `seq * SIZE`.
+/// Size of a record in a `records` file, in bytes. Record `seq` is at offset `seq * SIZE`.
 pub const SIZE: usize = 64;
 
 /// Values of [`Record::kind`]: which callback was called.
 pub mod kind {
-    /// Not a callback: the record with this sequence number is not in the ring (any more).
+    /// Not a callback: the record with this sequence number is not in its ring (any more).
     pub const OVERWRITTEN: u8 = 0;
     /// `invalidate_range_start()`.
     pub const INVALIDATE_RANGE_START: u8 = 1;
@@ -100,9 +100,9 @@ pub mod flag {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Record {
-    /// Sequence number, from 0, without gaps: a missing one is a record lost.
+    /// Sequence number on its CPU, from 0, without gaps: a missing one is a record lost.
     pub seq: u64,
-    /// `CLOCK_MONOTONIC`, in nanoseconds. Ordered on one CPU; across CPUs only `seq` orders.
+    /// `CLOCK_MONOTONIC`, in nanoseconds: puts records of different CPUs in order.
     pub time_ns: u64,
     /// First address of the range.
     pub start: u64,
@@ -128,10 +128,11 @@ pub struct Record {
 const _: () = assert!(core::mem::size_of::<Record>() == SIZE);
 
 impl Record {
-    /// The placeholder that is read for a record which is not in the ring.
-    pub fn overwritten(seq: u64) -> Self {
+    /// The placeholder that is read for a record which is not in the ring of `cpu`.
+    pub fn overwritten(seq: u64, cpu: u32) -> Self {
         Self {
             seq,
+            cpu,
             kind: kind::OVERWRITTEN,
             event: event::NONE,
             ..Self::default()
@@ -315,7 +316,7 @@ mod record_tests {
             "           vcpu0-4711    [003]    12.345678: numa_protect: \
              7f0000000000-7f0000200000 (512) protection_vma hinted=400 blockable numa first last"
         );
-        assert!(Record::overwritten(7)
+        assert!(Record::overwritten(7, 0)
             .line(12)
             .to_string()
             .contains("overwritten: 0-0 (0) -"));

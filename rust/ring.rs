@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A ring of fixed-size entries that many threads write at once and that overwrites its oldest.
+//! A ring of fixed-size entries that many threads write at once and that overwrites its oldest, and
+//! one such ring for each CPU, read as if they were one.
 //!
 //! Needs `core` and storage from its caller; it touches nothing but that storage, so that it
 //! compiles in the kernel and in user space.
@@ -14,7 +15,10 @@
 //! slots are only ever accessed through them, and relied on is no more than acquire and release.
 
 use core::{
-    ops::Deref,
+    ops::{
+        Deref,
+        DerefMut, //
+    },
     sync::atomic::{
         fence,
         AtomicU64,
@@ -22,7 +26,7 @@ use core::{
     },
 };
 
-/// Words in an entry.
+/// Words in an entry. The first is the time: it puts entries of different rings in order.
 pub const WORDS: usize = 7;
 
 /// Room for one entry: a cache line, so that two writers do not share one.
@@ -172,6 +176,105 @@ impl<S: Deref<Target = [Slot]>> Ring<S> {
     /// Of [`recorded`](Self::recorded), those that were never stored, see [`Entry::Lost`].
     pub fn lost(&self) -> u64 {
         self.lost.0.load(Relaxed)
+    }
+}
+
+/// A ring for each CPU, so that CPUs share no cache line that they write. `R` is a vector or a boxed
+/// slice of [`Ring`]s.
+pub struct PerCpu<R>(R);
+
+impl<S, R> PerCpu<R>
+where
+    S: Deref<Target = [Slot]>,
+    R: Deref<Target = [Ring<S>]>,
+{
+    /// Takes as many rings as there are CPUs. [`None`] where there are none.
+    pub fn new(rings: R) -> Option<Self> {
+        (!rings.is_empty()).then_some(Self(rings))
+    }
+
+    /// Stores an entry in the ring of `cpu`. A writer that goes on elsewhere meanwhile does no harm.
+    pub fn push(&self, cpu: usize, words: &[u64; WORDS]) {
+        self.0[cpu % self.0.len()].push(words);
+    }
+
+    /// The rings, by CPU.
+    pub fn rings(&self) -> &[Ring<S>] {
+        &self.0
+    }
+
+    /// The sum of a count over all CPUs.
+    pub fn total(&self, count: fn(&Ring<S>) -> u64) -> u64 {
+        self.0.iter().map(count).sum()
+    }
+}
+
+/// What comes next of [`PerCpu`] rings, see [`Merge`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Merged {
+    /// The oldest entry that was not read yet.
+    Stored {
+        /// The CPU that stored it.
+        cpu: usize,
+        /// Its sequence number there.
+        seq: u64,
+        /// The entry.
+        words: [u64; WORDS],
+    },
+    /// Entries of a CPU that are not there, because they were overwritten or lost.
+    Missing {
+        /// The CPU.
+        cpu: usize,
+        /// How many.
+        count: u64,
+    },
+}
+
+/// Reads [`PerCpu`] rings as if they were one, in the order of time. `C` is a vector or a boxed slice
+/// that holds the sequence number to go on from of each CPU: zeroes for the beginning.
+///
+/// An entry that is published late, as its writer was interrupted after it had taken the time, comes
+/// later than its time says.
+pub struct Merge<C>(C);
+
+impl<C: DerefMut<Target = [u64]>> Merge<C> {
+    /// Begins from these sequence numbers.
+    pub fn new(next: C) -> Self {
+        Self(next)
+    }
+
+    /// What comes next. [`None`] where there is nothing more, or where an entry is just being written.
+    pub fn next<S, R>(&mut self, rings: &PerCpu<R>) -> Option<Merged>
+    where
+        S: Deref<Target = [Slot]>,
+        R: Deref<Target = [Ring<S>]>,
+    {
+        let mut oldest: Option<(usize, [u64; WORDS])> = None;
+
+        for (cpu, (ring, next)) in rings.rings().iter().zip(self.0.iter_mut()).enumerate() {
+            let missing = match ring.get(*next) {
+                Entry::Stored(words) => {
+                    if oldest.is_none_or(|(_, oldest)| words[0] < oldest[0]) {
+                        oldest = Some((cpu, words));
+                    }
+                    continue;
+                }
+                Entry::Pending if *next == ring.recorded() => continue,
+                Entry::Pending => return None,
+                Entry::Overwritten => ring.overwritten().max(*next + 1) - *next,
+                Entry::Lost => 1,
+            };
+            *next += missing;
+            return Some(Merged::Missing {
+                cpu,
+                count: missing,
+            });
+        }
+
+        let (cpu, words) = oldest?;
+        let seq = self.0[cpu];
+        self.0[cpu] += 1;
+        Some(Merged::Stored { cpu, seq, words })
     }
 }
 
@@ -375,6 +478,100 @@ mod ring_tests {
         assert_eq!(*got, words(value), "a torn entry");
         assert!(value < writers * each, "an entry that nobody wrote");
         value
+    }
+
+    type Rings = PerCpu<Vec<Ring<Box<[Slot]>>>>;
+
+    /// An entry of this time.
+    fn at(time: u64) -> [u64; WORDS] {
+        let mut words = words(time);
+        words[0] = time;
+        words
+    }
+
+    fn merge(rings: &Rings) -> (Vec<u64>, Vec<(usize, u64)>) {
+        let mut merge = Merge::new(vec![0; rings.rings().len()]);
+        let (mut times, mut missing) = (Vec::new(), Vec::new());
+        while let Some(next) = merge.next(rings) {
+            match next {
+                Merged::Stored { cpu, seq, words } => {
+                    assert_eq!(rings.rings()[cpu].get(seq), Entry::Stored(words));
+                    assert_eq!(words, at(words[0]));
+                    times.push(words[0]);
+                }
+                Merged::Missing { cpu, count } => missing.push((cpu, count)),
+            }
+        }
+        (times, missing)
+    }
+
+    fn per_cpu(cpus: usize, size: usize) -> Rings {
+        PerCpu::new((0..cpus).map(|_| ring(size)).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    fn there_is_a_ring() {
+        assert!(PerCpu::new(Vec::<Ring<Box<[Slot]>>>::new()).is_none());
+    }
+
+    #[test]
+    fn entries_of_all_cpus_come_in_the_order_of_time() {
+        let rings = per_cpu(3, 4);
+        for (cpu, time) in [(2, 1), (0, 2), (2, 3), (1, 4), (0, 5)] {
+            rings.push(cpu, &at(time));
+        }
+        assert_eq!(merge(&rings), (vec![1, 2, 3, 4, 5], vec![]));
+        assert_eq!(rings.total(Ring::recorded), 5);
+    }
+
+    #[test]
+    fn what_a_cpu_overwrote_is_said_once() {
+        let rings = per_cpu(2, 2);
+        for time in 0..5 {
+            rings.push(1, &at(time));
+        }
+        rings.push(0, &at(9));
+        assert_eq!(merge(&rings), (vec![3, 4, 9], vec![(1, 3)]));
+        assert_eq!(rings.total(Ring::overwritten), 3);
+    }
+
+    #[test]
+    fn nothing_comes_before_an_entry_that_is_being_written() {
+        let rings = per_cpu(2, 2);
+        let stalled = rings.rings()[0].next.0.fetch_add(1, Relaxed);
+        let claim = rings.rings()[0].claim(stalled).unwrap();
+        rings.push(1, &at(7));
+        let mut reader = Merge::new(vec![0; 2]);
+        assert_eq!(reader.next(&rings), None);
+        claim.publish(&at(3));
+        let time = |next| match next {
+            Some(Merged::Stored { words, .. }) => words[0],
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(time(reader.next(&rings)), 3);
+        assert_eq!(time(reader.next(&rings)), 7);
+        assert_eq!(reader.next(&rings), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn what_is_not_missing_is_merged_in_order(
+            sizes in 0u32..6,
+            cpus in proptest::collection::vec(0usize..4, 0..200),
+        ) {
+            let rings = per_cpu(4, 1 << sizes);
+            for (time, cpu) in (0..).zip(&cpus) {
+                rings.push(*cpu, &at(time));
+            }
+            let (times, missing) = merge(&rings);
+            let kept: Vec<u64> = (0..).zip(&cpus).filter(|(time, cpu)| {
+                let later = &cpus[*time as usize + 1..];
+                later.iter().filter(|other| other == cpu).count() < 1 << sizes
+            }).map(|(time, _)| time).collect();
+            proptest::prop_assert_eq!(&times, &kept);
+            let missing: u64 = missing.iter().map(|(_, count)| count).sum();
+            proptest::prop_assert_eq!(missing as usize + times.len(), cpus.len());
+        }
     }
 
     #[test]

@@ -41,19 +41,17 @@ fn broken(record: &Record, why: &'static str) -> Verdict {
     })
 }
 
-/// No record is missing: the sequence numbers follow each other and nothing was overwritten or lost.
+/// No record is missing: the sequence numbers of each CPU follow each other and nothing was overwritten or lost.
 pub fn complete(sequence: &Sequence) -> Verdict {
     for record in &sequence.records {
         if record.kind == kind::OVERWRITTEN {
             return broken(record, "overwritten or lost");
         }
     }
-    for pair in sequence.records.windows(2) {
-        if pair[1].seq != pair[0].seq + 1 {
-            return broken(&pair[1], "the record before it is missing");
-        }
+    match sequence.gaps.first() {
+        Some(record) => broken(record, "the record before it on its CPU is missing"),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Every start has its end, every end its start, in the same task, with the same range, event and flags.
@@ -257,10 +255,50 @@ mod tests {
     fn a_missing_record_is_seen() {
         let mut records = sound().0;
         records.remove(3);
-        assert_eq!(offender(complete(&Sequence::new(records))), Some(4));
+        // It takes the place of the one that is missing.
+        assert_eq!(offender(complete(&Sequence::new(records))), Some(3));
         let mut records = sound().0;
-        records[2] = Record::overwritten(2);
+        records[2] = Record::overwritten(2, 0);
         assert_eq!(offender(complete(&Sequence::new(records))), Some(2));
+    }
+
+    #[test]
+    fn records_of_several_cpus_come_in_the_order_of_time() {
+        // Of each record its CPU, its number there, and its time.
+        let sequence = |places: &[(u32, u64, u64)]| {
+            let records = sound().0.into_iter().zip(places).rev();
+            Sequence::new(
+                records
+                    .map(|(record, &(cpu, seq, time_ns))| Record {
+                        cpu,
+                        seq,
+                        time_ns,
+                        ..record
+                    })
+                    .collect(),
+            )
+        };
+        let places = [
+            (0, 0, 1),
+            (1, 0, 2),
+            (0, 1, 3),
+            (0, 2, 4),
+            (1, 1, 4),
+            (0, 3, 5),
+            (2, 7, 6),
+            (0, 4, 9),
+        ];
+        let whole = sequence(&places);
+        assert_eq!(complete(&whole), Ok(()));
+        assert_eq!(balanced(&whole), Ok(()));
+        assert_eq!(reports_inside_pairs(&whole), Ok(()));
+        assert_eq!(
+            whole.records.iter().map(|one| one.seq).collect::<Vec<_>>(),
+            (0..8).collect::<Vec<_>>()
+        );
+        let mut places = places;
+        places[4].1 = 2;
+        assert_eq!(offender(complete(&sequence(&places))), Some(4));
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::record::{Record, SIZE};
-use crate::sequence::Sequence;
+use crate::record::{kind, Record, SIZE};
+use crate::sequence::{in_order, Sequence};
 
 /// Where the recorder's files are.
 pub const ROOT: &str = "/sys/kernel/debug/mmu_notifier_trace";
@@ -20,8 +20,15 @@ pub struct Client {
     /// What `detach` is told.
     name: String,
     folder: PathBuf,
-    records: File,
+    cpus: Vec<Cpu>,
+}
+
+/// The records of one CPU.
+struct Cpu {
+    file: File,
+    /// The sequence number to read on from, and the time of the record before.
     next: u64,
+    time_ns: u64,
 }
 
 /// The recorder's own counts, in records.
@@ -33,7 +40,7 @@ pub struct Stats {
     pub overwritten: u64,
     /// Records that were never stored.
     pub lost: u64,
-    /// Room in the ring.
+    /// Room in the rings.
     pub size: u64,
 }
 
@@ -43,7 +50,7 @@ pub fn is_loaded() -> bool {
 }
 
 impl Client {
-    /// Attaches the recorder to the calling process with room for `size` records, a power of two.
+    /// Attaches the recorder to the calling process with room for `size` records of each CPU, a power of two.
     pub fn attach_self(size: u64) -> io::Result<Client> {
         let pid = std::process::id();
         Client::attach(&format!("{pid} {size}"), pid.to_string(), &pid.to_string())
@@ -64,42 +71,71 @@ impl Client {
         let root = Path::new(ROOT);
         named(&root.join("attach"), |path| fs::write(path, request))?;
         let folder = root.join(folder);
-        let records = named(&folder.join("records"), |path| File::open(path));
-        match records {
-            Ok(records) => Ok(Client {
-                name,
-                folder,
-                records,
+        // From here on, it is detached if anything fails.
+        let mut client = Client {
+            name,
+            folder,
+            cpus: Vec::new(),
+        };
+        while client.per_cpu(client.cpus.len()).exists() {
+            let path = client.per_cpu(client.cpus.len()).join("records");
+            client.cpus.push(Cpu {
+                file: named(&path, |path| File::open(path))?,
                 next: 0,
-            }),
-            Err(error) => {
-                let _ = detach(&name);
-                Err(error)
-            }
+                time_ns: 0,
+            });
         }
+        Ok(client)
     }
 
-    /// Appends to `records` all that has been recorded since the last call.
+    fn per_cpu(&self, cpu: usize) -> PathBuf {
+        self.folder.join(format!("per_cpu/cpu{cpu}"))
+    }
+
+    /// How many CPUs there can be.
+    pub fn cpus(&self) -> usize {
+        self.cpus.len()
+    }
+
+    /// Adds to `records` all that has been recorded since the last call, and keeps them in the order of time. Those that are
+    /// missing are there as [`kind::OVERWRITTEN`].
     pub fn read_new(&mut self, records: &mut Vec<Record>) -> io::Result<()> {
+        let old = records.len();
+        for cpu in 0..self.cpus.len() {
+            self.read_cpu(cpu, records)?;
+        }
+        // A writer may have been interrupted between taking the time and storing the record.
+        let oldest = records[old..].iter().map(|record| record.time_ns).min();
+        let oldest = oldest.unwrap_or(u64::MAX);
+        let settled = records[..old].partition_point(|record| record.time_ns <= oldest);
+        records[settled..].sort_by_key(in_order);
+        Ok(())
+    }
+
+    fn read_cpu(&mut self, cpu: usize, records: &mut Vec<Record>) -> io::Result<()> {
+        let path = self.per_cpu(cpu).join("records");
+        let cpu = &mut self.cpus[cpu];
         let mut bytes = vec![0; BATCH * SIZE];
         loop {
-            let read = self.records.read_at(&mut bytes, self.next * SIZE as u64)?;
+            let read = cpu.file.read_at(&mut bytes, cpu.next * SIZE as u64)?;
             let whole = bytes[..read].chunks_exact(SIZE);
             if !whole.remainder().is_empty() {
-                return Err(io::Error::other(format!(
-                    "{}: half a record at {}",
-                    self.folder.join("records").display(),
-                    self.next
-                )));
+                let problem = format!("{}: half a record at {}", path.display(), cpu.next);
+                return Err(io::Error::other(problem));
             }
             if whole.len() == 0 {
                 return Ok(());
             }
-            self.next += whole.len() as u64;
-            records.extend(whole.map(|one| {
+            cpu.next += whole.len() as u64;
+            for one in whole {
                 let one = one.try_into().expect("a chunk is as long as a record");
-                Record::from_bytes(one)
-            }));
+                let mut record = Record::from_bytes(one);
+                if record.kind == kind::OVERWRITTEN {
+                    record.time_ns = cpu.time_ns;
+                }
+                cpu.time_ns = record.time_ns;
+                records.push(record);
+            }
         }
     }
 
@@ -109,12 +145,11 @@ impl Client {
         let begun = Instant::now();
         loop {
             self.read_new(&mut records)?;
-            let sequence = Sequence::new(records);
-            let open = sequence.pairs.iter().any(|pair| pair.end.is_none());
+            let of_kind = |kind| records.iter().filter(|record| record.kind == kind).count();
+            let open = of_kind(kind::INVALIDATE_RANGE_START) != of_kind(kind::INVALIDATE_RANGE_END);
             if !open || begun.elapsed() > limit {
-                return Ok(sequence);
+                return Ok(Sequence::new(records));
             }
-            records = sequence.records;
             std::thread::sleep(Duration::from_millis(50));
         }
     }

@@ -39,11 +39,18 @@ impl Report {
     }
 }
 
-/// Records in the order of their sequence numbers, grouped.
+/// What puts records of all CPUs in order: the time; on one CPU, the sequence number.
+pub fn in_order(record: &Record) -> (u64, u32, u64) {
+    (record.time_ns, record.cpu, record.seq)
+}
+
+/// Records in the order of time, grouped.
 #[derive(Clone, Debug, Default)]
 pub struct Sequence {
-    /// All of them.
+    /// All of them, with new sequence numbers: their places here.
     pub records: Vec<Record>,
+    /// Of these, those whose predecessor on their CPU is missing.
+    pub gaps: Vec<Record>,
     /// In the order of their starts.
     pub pairs: Vec<Pair>,
     /// Ends that no start belongs to.
@@ -53,9 +60,19 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Groups `records`.
-    pub fn new(records: Vec<Record>) -> Sequence {
+    /// Groups `records`, in any order.
+    pub fn new(mut records: Vec<Record>) -> Sequence {
         let mut sequence = Sequence::default();
+        records.sort_by_key(in_order);
+        let mut next: HashMap<u32, u64> = HashMap::new();
+        for (place, record) in (0..).zip(&mut records) {
+            let expected = next.insert(record.cpu, record.seq + 1);
+            let is_gap = expected.is_some_and(|expected| expected != record.seq);
+            record.seq = place;
+            if is_gap {
+                sequence.gaps.push(*record);
+            }
+        }
         // Of each task: its open pairs, and whether the report begun last has not seen its last stretch yet.
         let mut open: HashMap<u32, Vec<usize>> = HashMap::new();
         let mut unfinished: HashMap<u32, usize> = HashMap::new();

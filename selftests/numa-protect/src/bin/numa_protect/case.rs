@@ -42,8 +42,8 @@ const VCPUS: usize = 2;
 const SCANS: u64 = 2;
 /// Scans that the guest runs freely under, at the least.
 const FREE_SCANS: u64 = 4;
-/// Room in the recorder, in records.
-const RECORDS: u64 = 1 << 18;
+/// Room in the recorder for each CPU, in records.
+const RECORDS: u64 = 1 << 17;
 /// Fires for what KVM unmaps of a VM's memory because the process's page tables change.
 const UNMAP_EVENT: &str = "kvm/kvm_unmap_hva_range";
 /// What [`Plan::events`] saves: ranges of guest page numbers that KVM unmaps, and faults.

@@ -32,8 +32,8 @@ use crate::operation::{Kind, Operations, Random};
 pub const VCPUS: usize = 2;
 /// Threads that disturb.
 const THREADS: usize = 2;
-/// Room in the recorder, in records.
-const RECORDS: u64 = 1 << 18;
+/// Room in the recorder for each CPU, in records.
+const RECORDS: u64 = 1 << 17;
 /// Records that are kept, at the most.
 const KEPT: usize = 1 << 22;
 /// The longest that merging pages may take before it starts.

@@ -315,7 +315,7 @@ mod tests {
             ["trace.balanced", "trace.plain"]
         );
         assert_eq!(
-            spoilt(|records| records[1] = Record::overwritten(1)),
+            spoilt(|records| records[1] = Record::overwritten(1, 0)),
             ["trace.balanced", "trace.reports"]
         );
         assert_eq!(
