@@ -154,6 +154,18 @@ impl Dir {
         File::new(self, name, 0o400, data, &Operations::<T>::STREAM)
     }
 
+    /// Makes such a file that its owner can write, too, mode 0600.
+    pub fn read_write_stream<'a, T>(
+        &'a self,
+        name: &'a CStr,
+        data: T,
+    ) -> impl PinInit<File<T>, Error> + 'a
+    where
+        T: Open + BinaryReader + Send + Sync + 'static,
+    {
+        File::new(self, name, 0o600, data, &Operations::<T>::STREAM_AND_WRITE)
+    }
+
     /// Makes a file that its owner can write, mode 0200.
     pub fn write_binary_file<'a, T>(
         &'a self,
@@ -307,6 +319,13 @@ impl<T: Open + Sync> Operations<T> {
     }
 }
 
+impl<T: Open + BinaryReader + Sync> Operations<T> {
+    const STREAM_AND_WRITE: bindings::file_operations = bindings::file_operations {
+        write: Some(Self::write),
+        ..Self::STREAM
+    };
+}
+
 impl<T: BinaryReader + Sync> Operations<T> {
     const WRITE: bindings::file_operations = bindings::file_operations {
         write: Some(Self::write),
@@ -315,15 +334,16 @@ impl<T: BinaryReader + Sync> Operations<T> {
 
     /// # Safety
     ///
-    /// To be called by the VFS alone, on a file whose private data is a `T`.
+    /// To be called by the VFS alone, on a file whose inode has a `T` for its private data.
     unsafe extern "C" fn write(
         file: *mut bindings::file,
         buffer: *const c_char,
         count: usize,
         position: *mut bindings::loff_t,
     ) -> isize {
-        // SAFETY: as in `read`.
-        let data = unsafe { &*(*file).private_data.cast::<T>() };
+        // SAFETY: the inode stays while the file is open, and its private data is a `T` that lives
+        // until the file is removed, which waits for this call.
+        let data = unsafe { &*(*(*file).f_inode).i_private.cast::<T>() };
         // SAFETY: the VFS passes a position that is ours to change.
         let position: &mut file::Offset = unsafe { &mut *position };
         let buffer = UserPtr::from_ptr(buffer.cast_mut().cast());

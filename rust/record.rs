@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The layout of one record, written once for the recorder and for everyone who reads its files.
+//! [`VERSION`] changes with it.
 //!
 //! Needs `core` alone, so that it compiles in the kernel and in user space; it touches no memory
 //! but its arguments.
 
 use core::fmt;
+
+/// Version of the layout, which the recorder's file `version` says. 1 had one ring for all CPUs.
+pub const VERSION: u32 = 2;
 
 /// Size of a record in a `records` file, in bytes. Record `seq` is at offset `seq * SIZE`.
 pub const SIZE: usize = 64;
@@ -28,6 +32,8 @@ pub mod kind {
     pub const TEST_YOUNG: u8 = 6;
     /// `release()`.
     pub const RELEASE: u8 = 7;
+    /// Not a callback: text that was written to `marker`, see [`Record::marker`](super::Record::marker).
+    pub const MARKER: u8 = 8;
 
     /// The name of `kind` as the trace shows it.
     pub fn name(kind: u8) -> &'static str {
@@ -40,6 +46,7 @@ pub mod kind {
             CLEAR_YOUNG => "clear_young",
             TEST_YOUNG => "test_young",
             RELEASE => "release",
+            MARKER => "marker",
             _ => "unknown",
         }
     }
@@ -89,9 +96,9 @@ pub mod flag {
     pub const BLOCKABLE: u16 = 1 << 0;
     /// `MMU_NOTIFIER_RANGE_NUMA`: the walk only plants NUMA hints.
     pub const NUMA: u16 = 1 << 1;
-    /// The first stretch of a `numa_protect()` report.
+    /// The first stretch of a `numa_protect()` report, the first part of a marker.
     pub const FIRST: u16 = 0x100;
-    /// The last stretch of a `numa_protect()` report.
+    /// The last stretch of a `numa_protect()` report, the last part of a marker.
     pub const LAST: u16 = 0x200;
 }
 
@@ -204,6 +211,42 @@ impl Record {
         Self::from_words(word(0), core::array::from_fn(|index| word(index + 1)))
     }
 
+    /// Bytes of a marker's text in one record.
+    pub const MARKER_BYTES: usize = 32;
+
+    /// A part of a marker's text, at most [`MARKER_BYTES`](Self::MARKER_BYTES), in the place of the range and the name.
+    pub fn marker(text: &[u8], flags: u16) -> Self {
+        let mut bytes = [0; Self::MARKER_BYTES];
+        let len = text.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&text[..len]);
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(word)
+        };
+        let mut comm = [0; 16];
+        comm.copy_from_slice(&bytes[16..]);
+
+        Self {
+            start: word(0),
+            end: word(8),
+            kind: kind::MARKER,
+            event: event::NONE,
+            flags,
+            comm,
+            ..Self::default()
+        }
+    }
+
+    /// The text of a marker's part, padded with zeroes.
+    pub fn marker_text(&self) -> [u8; Self::MARKER_BYTES] {
+        let mut text = [0; Self::MARKER_BYTES];
+        text[..8].copy_from_slice(&self.start.to_le_bytes());
+        text[8..16].copy_from_slice(&self.end.to_le_bytes());
+        text[16..].copy_from_slice(&self.comm);
+        text
+    }
+
     /// The thread's name, up to its first zero; what is not UTF-8 is left out.
     pub fn comm(&self) -> &str {
         let len = self.comm.iter().position(|&byte| byte == 0);
@@ -235,16 +278,29 @@ impl fmt::Display for Line<'_> {
         let record = self.record;
         let micros = record.time_ns / 1000;
         let pages = record.end.wrapping_sub(record.start) >> self.page_shift;
+        let comm = match record.kind {
+            kind::MARKER => "<...>",
+            _ => record.comm(),
+        };
 
         core::write!(
             f,
-            "{:>16}-{:<7} [{:03}] {:>5}.{:06}: {}: {:x}-{:x} ({}) {}",
-            record.comm(),
+            "{:>16}-{:<7} [{:03}] {:>5}.{:06}: {}: ",
+            comm,
             record.tid,
             record.cpu,
             micros / 1_000_000,
             micros % 1_000_000,
             kind::name(record.kind),
+        )?;
+        if record.kind == kind::MARKER {
+            let text = record.marker_text();
+            let end = text.iter().rposition(|byte| *byte != 0);
+            return core::write!(f, "{}", text[..end.map_or(0, |end| end + 1)].escape_ascii());
+        }
+        core::write!(
+            f,
+            "{:x}-{:x} ({}) {}",
             record.start,
             record.end,
             pages,
@@ -320,6 +376,21 @@ mod record_tests {
             .line(12)
             .to_string()
             .contains("overwritten: 0-0 (0) -"));
+    }
+
+    #[test]
+    fn a_marker_holds_its_text() {
+        let line = |text: &[u8]| Record::marker(text, 0).line(12).to_string();
+        assert!(
+            line(b"begins here").ends_with("<...>-0       [000]     0.000000: marker: begins here")
+        );
+        assert!(line(b"a\xff\nb").ends_with(": a\\xff\\nb"));
+        assert!(line(b"").ends_with("marker: "));
+        let long = [b'x'; 40];
+        assert_eq!(
+            Record::marker(&long, 0).marker_text(),
+            [b'x'; Record::MARKER_BYTES]
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A ring of fixed-size entries that many threads write at once and that overwrites its oldest, and
-//! one such ring for each CPU, read as if they were one.
+//! A ring of fixed-size entries that many threads write at once, and one such ring for each CPU, read
+//! as if they were one. A full ring overwrites its oldest entries, or takes no more.
 //!
 //! Needs `core` and storage from its caller; it touches nothing but that storage, so that it
 //! compiles in the kernel and in user space.
@@ -61,6 +61,8 @@ pub enum Entry {
     Overwritten,
     /// Its writer found the slot still held by a writer that had been lapped, and dropped it.
     Lost,
+    /// The ring was full, and does not overwrite.
+    Dropped,
     /// Not written yet, or about to be.
     Pending,
 }
@@ -73,16 +75,19 @@ pub enum Entry {
 /// the writer that made it so writes the words of that slot.
 pub struct Ring<S> {
     slots: S,
+    overwrite: bool,
     next: Counter,
     lost: Counter,
 }
 
 impl<S: Deref<Target = [Slot]>> Ring<S> {
-    /// Makes an empty ring. [`None`] where the number of slots is not a power of two.
-    pub fn new(slots: S) -> Option<Self> {
+    /// Makes an empty ring, which overwrites its oldest entries when it is full, or takes no more.
+    /// [`None`] where the number of slots is not a power of two.
+    pub fn new(slots: S, overwrite: bool) -> Option<Self> {
         // INVARIANT: `slots` is not public and never exchanged.
         slots.len().is_power_of_two().then(|| Self {
             slots,
+            overwrite,
             next: Counter(AtomicU64::new(0)),
             lost: Counter(AtomicU64::new(0)),
         })
@@ -97,6 +102,9 @@ impl<S: Deref<Target = [Slot]>> Ring<S> {
     /// Stores an entry under the next sequence number.
     pub fn push(&self, words: &[u64; WORDS]) {
         let seq = self.next.0.fetch_add(1, Relaxed);
+        if !self.overwrite && seq >= self.size() {
+            return;
+        }
         if let Some(claim) = self.claim(seq) {
             claim.publish(words);
         }
@@ -137,6 +145,9 @@ impl<S: Deref<Target = [Slot]>> Ring<S> {
         if seq >= self.recorded() {
             return Entry::Pending;
         }
+        if !self.overwrite && seq >= self.size() {
+            return Entry::Dropped;
+        }
 
         let slot = self.slot(seq);
         // Acquire, with the release in `publish`: sees the words that belong to the stamp.
@@ -170,7 +181,18 @@ impl<S: Deref<Target = [Slot]>> Ring<S> {
     /// Of [`recorded`](Self::recorded), those that the ring no longer has room for. Also the
     /// lowest sequence number that may still be read.
     pub fn overwritten(&self) -> u64 {
-        self.recorded().saturating_sub(self.size())
+        match self.overwrite {
+            true => self.recorded().saturating_sub(self.size()),
+            false => 0,
+        }
+    }
+
+    /// Of [`recorded`](Self::recorded), those that a full ring did not take.
+    pub fn dropped(&self) -> u64 {
+        match self.overwrite {
+            true => 0,
+            false => self.recorded().saturating_sub(self.size()),
+        }
     }
 
     /// Of [`recorded`](Self::recorded), those that were never stored, see [`Entry::Lost`].
@@ -195,7 +217,9 @@ where
 
     /// Stores an entry in the ring of `cpu`. A writer that goes on elsewhere meanwhile does no harm.
     pub fn push(&self, cpu: usize, words: &[u64; WORDS]) {
-        self.0[cpu % self.0.len()].push(words);
+        if let Some(ring) = self.0.get(cpu) {
+            ring.push(words);
+        }
     }
 
     /// The rings, by CPU.
@@ -221,7 +245,7 @@ pub enum Merged {
         /// The entry.
         words: [u64; WORDS],
     },
-    /// Entries of a CPU that are not there, because they were overwritten or lost.
+    /// Entries of a CPU that are not there, because they were overwritten, dropped or lost.
     Missing {
         /// The CPU.
         cpu: usize,
@@ -263,6 +287,7 @@ impl<C: DerefMut<Target = [u64]>> Merge<C> {
                 Entry::Pending => return None,
                 Entry::Overwritten => ring.overwritten().max(*next + 1) - *next,
                 Entry::Lost => 1,
+                Entry::Dropped => ring.recorded() - *next,
             };
             *next += missing;
             return Some(Merged::Missing {
@@ -307,7 +332,7 @@ mod ring_tests {
 
     fn ring(size: usize) -> Ring<Box<[Slot]>> {
         let slots: Vec<_> = (0..size).map(|_| Slot::default()).collect();
-        Ring::new(slots.into_boxed_slice()).unwrap()
+        Ring::new(slots.into_boxed_slice(), true).unwrap()
     }
 
     /// Words that betray a mix of two entries.
@@ -319,7 +344,7 @@ mod ring_tests {
     fn only_powers_of_two() {
         for size in [0, 3, 5, 6, 7, 100] {
             let slots: Vec<_> = (0..size).map(|_| Slot::default()).collect();
-            assert!(Ring::new(slots).is_none(), "{size}");
+            assert!(Ring::new(slots, true).is_none(), "{size}");
         }
     }
 
@@ -358,6 +383,26 @@ mod ring_tests {
             }
             assert_eq!((ring.recorded(), ring.lost()), (100, 0));
         }
+    }
+
+    #[test]
+    fn a_full_ring_that_does_not_overwrite_takes_no_more() {
+        let slots: Vec<_> = (0..4).map(|_| Slot::default()).collect();
+        let ring = Ring::new(slots.into_boxed_slice(), false).unwrap();
+        for seq in 0..6 {
+            ring.push(&at(seq));
+        }
+        assert_eq!(
+            (ring.recorded(), ring.overwritten(), ring.dropped()),
+            (6, 0, 2)
+        );
+        for seq in 0..4 {
+            assert_eq!(ring.get(seq), Entry::Stored(at(seq)));
+        }
+        assert_eq!(ring.get(4), Entry::Dropped);
+        assert_eq!(ring.get(6), Entry::Pending);
+        let rings = PerCpu::new(vec![ring]).unwrap();
+        assert_eq!(merge(&rings), (vec![0, 1, 2, 3], vec![(0, 2)]));
     }
 
     #[test]
@@ -419,7 +464,7 @@ mod ring_tests {
                                     seq += 1 + stride * 7;
                                 }
                                 Entry::Overwritten => seq = ring.overwritten(),
-                                Entry::Lost => seq += 1,
+                                Entry::Lost | Entry::Dropped => seq += 1,
                                 Entry::Pending => thread::yield_now(),
                             }
                             if seq > ring.recorded() {

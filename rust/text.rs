@@ -14,6 +14,7 @@ use kernel::{
 use crate::debugfs::Stream;
 
 /// A line of text, on the stack.
+#[derive(Clone, Copy)]
 pub struct Line {
     text: [u8; Line::SIZE],
     len: usize,
@@ -21,7 +22,7 @@ pub struct Line {
 
 impl Line {
     /// More than the longest line takes; the rest of a longer one would be left out.
-    const SIZE: usize = 256;
+    const SIZE: usize = 320;
 
     /// Without text, not even a line's end.
     pub const EMPTY: Self = Self {

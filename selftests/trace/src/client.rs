@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::record::{kind, Record, SIZE};
+use crate::record::{kind, Record, SIZE, VERSION};
 use crate::sequence::{in_order, Sequence};
 
 /// Where the recorder's files are.
@@ -38,6 +38,8 @@ pub struct Stats {
     pub recorded: u64,
     /// Records that later ones took the place of.
     pub overwritten: u64,
+    /// Records that full rings did not take.
+    pub dropped: u64,
     /// Records that were never stored.
     pub lost: u64,
     /// Room in the rings.
@@ -52,22 +54,30 @@ pub fn is_loaded() -> bool {
 impl Client {
     /// Attaches the recorder to the calling process with room for `size` records of each CPU, a power of two.
     pub fn attach_self(size: u64) -> io::Result<Client> {
-        let pid = std::process::id();
-        Client::attach(&format!("{pid} {size}"), pid.to_string(), &pid.to_string())
+        Client::attach(std::process::id(), &size.to_string())
     }
 
     /// The same, with a subscriber that has no `numa_protect`. The other one may be attached, too.
     pub fn attach_self_plain(size: u64) -> io::Result<Client> {
-        let pid = std::process::id();
-        let name = format!("{pid} plain");
-        Client::attach(
-            &format!("{pid} {size} plain"),
-            name,
-            &format!("{pid}.plain"),
-        )
+        Client::attach(std::process::id(), &format!("{size} plain"))
     }
 
-    fn attach(request: &str, name: String, folder: &str) -> io::Result<Client> {
+    /// Attaches the recorder to the process `pid`, with `words` as the recorder's file `attach` takes them after the pid.
+    pub fn attach(pid: u32, words: &str) -> io::Result<Client> {
+        let version = named(&Path::new(ROOT).join("version"), |path| {
+            fs::read_to_string(path)
+        })?;
+        if version.trim() != VERSION.to_string() {
+            let version = version.trim();
+            return Err(io::Error::other(format!(
+                "{ROOT}/version: records of layout {version}, and this reads layout {VERSION}: take program and module of one build"
+            )));
+        }
+        let (name, folder) = match words.split_ascii_whitespace().any(|word| word == "plain") {
+            true => (format!("{pid} plain"), format!("{pid}.plain")),
+            false => (pid.to_string(), pid.to_string()),
+        };
+        let request = format!("{pid} {words}");
         let root = Path::new(ROOT);
         named(&root.join("attach"), |path| fs::write(path, request))?;
         let folder = root.join(folder);
@@ -86,6 +96,11 @@ impl Client {
             });
         }
         Ok(client)
+    }
+
+    /// The path of a file of the target.
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.folder.join(file)
     }
 
     fn per_cpu(&self, cpu: usize) -> PathBuf {
@@ -168,6 +183,7 @@ impl Client {
         Ok(Stats {
             recorded: field("recorded")?,
             overwritten: field("overwritten")?,
+            dropped: field("dropped")?,
             lost: field("lost")?,
             size: field("size")?,
         })

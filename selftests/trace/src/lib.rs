@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What the recorder `mmu_notifier_trace` writes, read and judged in user space; [`client`] alone touches files.
 //!
-//! - [`record`]: the layout, the same source that the kernel module is built from.
+//! - [`record`]: the layout, and [`filter`]: which records are kept; the same source that the kernel module is built from.
 //! - [`client`]: attaches the recorder to a process and reads what it recorded.
 //! - [`sequence`]: groups records into start/end pairs and reports.
 //! - [`check`]: the rules that a recorded sequence must obey.
@@ -10,6 +10,8 @@
 
 pub mod check;
 pub mod client;
+#[path = "../../../rust/filter.rs"]
+pub mod filter;
 #[path = "../../../rust/record.rs"]
 pub mod record;
 pub mod sequence;
