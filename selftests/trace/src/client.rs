@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::record::{kind, Record, SIZE, VERSION};
 use crate::sequence::{in_order, Sequence};
 
@@ -32,7 +34,7 @@ struct Cpu {
 }
 
 /// The recorder's own counts, in records.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
     /// Callbacks seen.
     pub recorded: u64,

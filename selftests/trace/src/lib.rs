@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What the recorder `mmu_notifier_trace` writes, read and judged in user space; [`client`] alone touches files.
+//! What the recorder `mmu_notifier_trace` writes, read and judged in user space; [`client`] and [`saved`] alone touch files.
 //!
 //! - [`record`]: the layout, and [`filter`]: which records are kept; the same source that the kernel module is built from.
 //! - [`client`]: attaches the recorder to a process and reads what it recorded.
+//! - [`saved`]: a trace in a file.
 //! - [`sequence`]: groups records into start/end pairs and reports.
 //! - [`check`]: the rules that a recorded sequence must obey.
 
@@ -14,6 +15,7 @@ pub mod client;
 pub mod filter;
 #[path = "../../../rust/record.rs"]
 pub mod record;
+pub mod saved;
 pub mod sequence;
 
 /// The ring is the kernel module's; it is here for its tests.

@@ -8,6 +8,7 @@ mod attach;
 mod files;
 mod module;
 mod records;
+mod tool;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -34,6 +35,9 @@ struct Args {
     /// The module, for the tests that load it.
     #[arg(long, default_value = "/mmu_notifier_trace.ko")]
     module: PathBuf,
+    /// The tool, for the tests that run it.
+    #[arg(long, default_value = "/bin/mmu-notifier-trace")]
+    tool: PathBuf,
     /// Do nothing until the end of standard input: be the process that the tests attach to.
     #[arg(long, hide = true)]
     wait: bool,
@@ -77,6 +81,9 @@ const TESTS: &[(&str, Test)] = &[
     ("records.after_exit", |_| records::after_exit()),
     ("records.after_exec", |_| records::after_exec()),
     ("records.after_kill", |_| records::after_kill()),
+    ("tool.command", tool::command),
+    ("tool.process", tool::process),
+    ("tool.stat", tool::stat),
     ("module.unload_while_open", module::unload_while_open),
     (
         "module.unload_while_attached",
@@ -116,6 +123,9 @@ fn main() -> ExitCode {
             }
             () if name.contains(".in_a_namespace") && !Path::new("/proc/self/ns/pid").exists() => {
                 Outcome::Skip("no pid namespaces: CONFIG_PID_NS".into())
+            }
+            () if name.contains(".tool.") && !args.tool.exists() => {
+                Outcome::Skip(format!("no {}: --tool", args.tool.display()))
             }
             () if name.contains(".module.") && !args.module.exists() => {
                 Outcome::Skip(format!("no {}: --module", args.module.display()))
