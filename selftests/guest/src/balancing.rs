@@ -133,19 +133,23 @@ pub struct Settings {
 impl Settings {
     /// Makes scans as fast as the tests can use them, ten a second.
     pub fn fast() -> Result<Settings> {
-        Settings::every(100)
+        Settings::new(10, 100)
     }
 
-    /// Lets a scan of up to 256 MiB begin every `period` milliseconds. A process takes its scan delay over when it starts,
-    /// so this comes before the process under test.
+    /// Lets a scan of up to 256 MiB begin every `period` milliseconds. A process takes the delay until its first scan over
+    /// when it starts, so this comes before the process under test; the delay is also the period as long as no hint was taken.
     pub fn every(period: u32) -> Result<Settings> {
-        let period = &period.to_string();
+        Settings::new(period, period)
+    }
+
+    fn new(delay: u32, period: u32) -> Result<Settings> {
+        let (delay, period) = (delay.to_string(), period.to_string());
         let mut settings = Settings { saved: Vec::new() };
         settings.replace(PathBuf::from(SYSCTL), "0")?;
         for (name, value) in [
-            ("scan_delay_ms", "10"),
-            ("scan_period_min_ms", period),
-            ("scan_period_max_ms", period),
+            ("scan_delay_ms", &delay[..]),
+            ("scan_period_min_ms", &period),
+            ("scan_period_max_ms", &period),
             ("scan_size_mb", "256"),
         ] {
             settings.replace(PathBuf::from(DEBUGFS).join(name), value)?;
