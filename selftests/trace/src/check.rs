@@ -296,6 +296,10 @@ mod tests {
             whole.records.iter().map(|one| one.seq).collect::<Vec<_>>(),
             (0..8).collect::<Vec<_>>()
         );
+        // One that was stored late: on its CPU a later time comes first.
+        let mut late = places;
+        (late[2].1, late[3].1) = (2, 1);
+        assert_eq!(complete(&sequence(&late)), Ok(()));
         let mut places = places;
         places[4].1 = 2;
         assert_eq!(offender(complete(&sequence(&places))), Some(4));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Groups recorded callbacks: starts with their ends, stretches into reports, reports into pairs. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::record::{flag, kind, Record};
 
@@ -63,11 +63,19 @@ impl Sequence {
     /// Groups `records`, in any order.
     pub fn new(mut records: Vec<Record>) -> Sequence {
         let mut sequence = Sequence::default();
+        // A writer may have been interrupted between taking the time and storing the record: on a CPU, what is missing shows
+        // in the order of sequence numbers only.
+        records.sort_by_key(|record| (record.cpu, record.seq));
+        let follows =
+            |pair: &[Record]| pair[0].cpu != pair[1].cpu || pair[0].seq + 1 == pair[1].seq;
+        let gaps: HashSet<(u32, u64)> = records
+            .windows(2)
+            .filter(|pair| !follows(pair))
+            .map(|pair| (pair[1].cpu, pair[1].seq))
+            .collect();
         records.sort_by_key(in_order);
-        let mut next: HashMap<u32, u64> = HashMap::new();
         for (place, record) in (0..).zip(&mut records) {
-            let expected = next.insert(record.cpu, record.seq + 1);
-            let is_gap = expected.is_some_and(|expected| expected != record.seq);
+            let is_gap = gaps.contains(&(record.cpu, record.seq));
             record.seq = place;
             if is_gap {
                 sequence.gaps.push(*record);
