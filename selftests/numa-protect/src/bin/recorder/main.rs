@@ -26,6 +26,7 @@ use trace::client::{is_loaded, ROOT};
 use trace::record::Record;
 
 const MODULE: &str = "mmu_notifier_trace";
+
 /// The recorder: bad input, a known sequence, loading and unloading.
 #[derive(Parser)]
 struct Args {
