@@ -4,8 +4,10 @@
 //! to sleep before it can obey. Changes its own memory only.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::panic::{self, AssertUnwindSafe};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -83,7 +85,7 @@ const HUGE: Layout = Layout {
 /// Pages to be hinted while the device is busy, each a mapping of its own, so that the device hears of each by itself.
 const EACH: Layout = Layout {
     to_device: 0,
-    stay: 64,
+    stay: 256,
     ..BASE
 };
 /// What it is busy with.
@@ -94,6 +96,9 @@ const BUSY: Layout = Layout {
 };
 /// Threads that keep it busy: with two, one always waits for the device's mutex; with more, that one gets it at once.
 const READERS: usize = 3;
+/// A scan is short, and may come while the device rests: so many of them, each in a new process, as all that is new there
+/// is looked at in the first scan.
+const ROUNDS: usize = 8;
 
 /// Memory of our own, at a multiple of the huge page size.
 struct Mapping {
@@ -249,9 +254,15 @@ fn left_alone(source: &Source, layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Lets scans run while threads keep the mutex that the device takes for each notification: a scan waits for it, and hints
-/// every page. One that may not sleep leaves pages out, for the next scan: so there is one only.
+/// Lets a scan run while threads keep the mutex that the device takes for each notification: a scan waits for it, and
+/// hints every page. One that may not sleep leaves pages out, for the next scan: so there is one only.
 fn hinted_while_busy(source: &Source) -> Result<()> {
+    (0..ROUNDS).try_for_each(|round| {
+        in_new_process(|| one_scan_while_busy(source)).with_context(|| format!("round {round}"))
+    })
+}
+
+fn one_scan_while_busy(source: &Source) -> Result<()> {
     let mirror = Mirror::open()?;
     let (each, busy) = (Mapping::new(&EACH)?, Mapping::new(&BUSY)?);
     balancing::forbid_scans_of(busy.address()..busy.address() + (busy.pages * PAGE) as u64)?;
@@ -286,6 +297,36 @@ fn hinted_while_busy(source: &Source) -> Result<()> {
         hinted == pages,
         "{hinted} pages of {pages} hinted, while the device read {count} pages {reads} times"
     );
+    Ok(())
+}
+
+/// Runs `body` in a copy of this process, which must have no other thread.
+fn in_new_process(body: impl FnOnce() -> Result<()>) -> Result<()> {
+    let (mut error, mut sent) = UnixStream::pair().context("socketpair()")?;
+    // SAFETY: nobody else has a lock that the child might need, as there is no other thread.
+    let child = unsafe { libc::fork() };
+    ensure!(child >= 0, "fork(): {}", io::Error::last_os_error());
+    if child == 0 {
+        let done = panic::catch_unwind(AssertUnwindSafe(body));
+        let text = match done {
+            Ok(Ok(())) => String::new(),
+            Ok(Err(error)) => format!("{error:#}"),
+            Err(_) => "panicked".to_string(),
+        };
+        let status = sent.write_all(text.as_bytes()).is_err() || !text.is_empty();
+        // SAFETY: ends the child, without what the parent has to clean up.
+        unsafe { libc::_exit(status.into()) };
+    }
+    drop(sent);
+    let (mut text, mut status) = (String::new(), 0);
+    let read = error
+        .read_to_string(&mut text)
+        .context("read what the new process says");
+    // SAFETY: our own child, and room for its status.
+    let waited = unsafe { libc::waitpid(child, &mut status, 0) };
+    ensure!(waited == child, "waitpid(): {}", io::Error::last_os_error());
+    read?;
+    ensure!(status == 0, "{text} (status {status:#x})");
     Ok(())
 }
 
