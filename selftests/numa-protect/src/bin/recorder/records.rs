@@ -189,15 +189,16 @@ pub fn after_kill() -> Result<()> {
     let pid = target.id().to_string();
     write_once("attach", &pid)?;
     target.kill()?;
-    let trace = || fs::read_to_string(Path::new(ROOT).join(&pid).join("trace"));
+    // It gives up its memory first, and is a zombie a moment later.
+    let stat = || fs::read_to_string(format!("/proc/{pid}/stat"));
     let begun = std::time::Instant::now();
-    while !trace()?.contains(": release:") {
-        ensure!(begun.elapsed().as_secs() < 30, "no release: {}", trace()?);
+    while !stat()?.contains(") Z ") {
+        ensure!(begun.elapsed().as_secs() < 30, "no zombie: {}", stat()?);
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
+    let trace = fs::read_to_string(Path::new(ROOT).join(&pid).join("trace"))?;
+    ensure!(trace.contains(": release:"), "no release: {trace}");
     write_once("detach", &pid)?;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    ensure!(stat.contains(") Z "), "not a zombie: {stat}");
     refused("attach", &pid, libc::ESRCH)?;
     target.wait()?;
     Ok(())
