@@ -13,21 +13,33 @@
 //!
 //! The atomics are those of `core`, not the kernel's, as the same source runs in user space. The
 //! slots are only ever accessed through them, and relied on is no more than acquire and release.
+//! With `--cfg loom` they are loom's, which tries every order that these allow.
 
+#[cfg(not(loom))]
+use core::sync::atomic::{
+    fence,
+    AtomicU64, //
+};
 use core::{
     ops::{
         Deref,
         DerefMut, //
     },
-    sync::atomic::{
-        fence,
-        AtomicU64,
-        Ordering::{Acquire, Relaxed, Release}, //
+    sync::atomic::Ordering::{
+        Acquire,
+        Relaxed,
+        Release, //
     },
 };
+#[cfg(loom)]
+use loom::sync::atomic::{
+    fence,
+    AtomicU64, //
+};
 
-/// Words in an entry. The first is the time: it puts entries of different rings in order.
-pub const WORDS: usize = 7;
+/// Words in an entry. The first is the time: it puts entries of different rings in order. Loom takes
+/// the fewest that can be torn.
+pub const WORDS: usize = if cfg!(loom) { 2 } else { 7 };
 
 /// Room for one entry: a cache line, so that two writers do not share one.
 #[derive(Default)]
@@ -320,7 +332,108 @@ impl Claim<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::{
+        sync::Arc,
+        thread, //
+    };
+
+    type Shared = Arc<Ring<Vec<Slot>>>;
+
+    fn ring(size: usize) -> Shared {
+        let slots = (0..size).map(|_| Slot::default()).collect();
+        Arc::new(Ring::new(slots, true).unwrap())
+    }
+
+    /// Stores entries of which each half tells the other.
+    fn push(ring: &Shared, values: core::ops::Range<u64>) {
+        values.for_each(|value| ring.push(&[value, !value]));
+    }
+
+    /// Reads like somebody who comes by while others write.
+    fn look(ring: &Shared, seq: u64) {
+        if let Entry::Stored(words) = ring.get(seq) {
+            assert_eq!(words[0], !words[1], "halves of two entries");
+        }
+    }
+
+    /// At rest, what the ring has room for is there, or was lost and counted.
+    fn at_rest(ring: &Shared, recorded: u64) {
+        assert_eq!(ring.recorded(), recorded);
+        let mut missing = 0;
+        for seq in ring.overwritten()..recorded {
+            match ring.get(seq) {
+                Entry::Stored(words) => assert_eq!(words[0], !words[1]),
+                Entry::Lost => missing += 1,
+                other => panic!("{seq}: {other:?}"),
+            }
+        }
+        assert!(missing <= ring.lost(), "more are missing than are counted");
+    }
+
+    /// Every order of what the threads do, but for those in which one is interrupted oftener than this.
+    fn every_order(interruptions: usize, body: fn()) {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(interruptions);
+        model.check(body);
+    }
+
+    #[test]
+    fn two_writers_of_one_slot() {
+        every_order(4, || {
+            let ring = ring(1);
+            let other = ring.clone();
+            let writer = thread::spawn(move || push(&other, 1..3));
+            push(&ring, 3..5);
+            writer.join().unwrap();
+            at_rest(&ring, 4);
+        });
+    }
+
+    #[test]
+    fn two_writers_of_two_slots() {
+        every_order(3, || {
+            let ring = ring(2);
+            let other = ring.clone();
+            let writer = thread::spawn(move || push(&other, 1..4));
+            push(&ring, 4..6);
+            writer.join().unwrap();
+            at_rest(&ring, 5);
+        });
+    }
+
+    #[test]
+    fn reader_that_is_overtaken() {
+        every_order(3, || {
+            let ring = ring(1);
+            let other = ring.clone();
+            let writer = thread::spawn(move || push(&other, 1..3));
+            (0..2).for_each(|seq| look(&ring, seq));
+            writer.join().unwrap();
+            at_rest(&ring, 2);
+        });
+    }
+
+    #[test]
+    fn reader_beside_two_writers() {
+        every_order(2, || {
+            let ring = ring(1);
+            let writers = [1, 2].map(|value| {
+                let ring = ring.clone();
+                thread::spawn(move || push(&ring, value..value + 1))
+            });
+            (0..2).for_each(|seq| look(&ring, seq));
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            at_rest(&ring, 2);
+        });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod ring_tests {
     use super::*;
     use std::{

@@ -19,6 +19,7 @@ pub mod saved;
 pub mod sequence;
 
 /// The ring is the kernel module's; it is here for its tests.
+#[cfg_attr(loom, allow(dead_code))]
 #[cfg(test)]
 #[path = "../../../rust/ring.rs"]
 mod ring;
