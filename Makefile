@@ -27,7 +27,7 @@ test: ## Every test: the Rust workspace, checkpatch, bad input, both kernels
 	@scripts/test
 
 # Linux has Rust and KASAN in one kernel only where clang compiles it.
-test-debug: LLVM ?= 1
+test-debug: export LLVM := $(or $(LLVM),1)
 test-debug: selftests ## Every test program on a debug build of the patched kernel; what it finds is a failure
 	@scripts/patches apply
 	@scripts/kernel-build debug
