@@ -34,6 +34,9 @@ pub mod kind {
     pub const RELEASE: u8 = 7;
     /// Not a callback: text that was written to `marker`, see [`Record::marker`](super::Record::marker).
     pub const MARKER: u8 = 8;
+    /// Not a callback: a memory slot of a VM was set, see [`Slot`](super::Slot). Only in traces that were
+    /// saved.
+    pub const MEMORY_SLOT: u8 = 9;
 
     /// The name of `kind` as the trace shows it.
     pub fn name(kind: u8) -> &'static str {
@@ -47,6 +50,7 @@ pub mod kind {
             TEST_YOUNG => "test_young",
             RELEASE => "release",
             MARKER => "marker",
+            MEMORY_SLOT => "memory_slot",
             _ => "unknown",
         }
     }
@@ -100,6 +104,17 @@ pub mod flag {
     pub const FIRST: u16 = 0x100;
     /// The last stretch of a `numa_protect()` report, the last part of a marker.
     pub const LAST: u16 = 0x200;
+}
+
+/// A memory slot of a VM: where in the guest the range of a record of it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Tells the VMs of a process from each other, from 0.
+    pub vm: u64,
+    /// The number that user space gave it, its high half that of the address space.
+    pub id: u32,
+    /// Guest frame number of its first page.
+    pub gfn: u64,
 }
 
 /// One callback, as it was recorded. In the file: little endian, [`SIZE`] bytes, without padding,
@@ -247,6 +262,38 @@ impl Record {
         text
     }
 
+    /// A memory slot that now has these addresses; none where it is gone.
+    pub fn memory_slot(slot: Slot, start: u64, end: u64) -> Self {
+        let mut comm = [0; 16];
+        comm[..8].copy_from_slice(&slot.gfn.to_le_bytes());
+        comm[8..].copy_from_slice(&slot.vm.to_le_bytes());
+
+        Self {
+            start,
+            end,
+            kind: kind::MEMORY_SLOT,
+            event: event::NONE,
+            pages: slot.id,
+            comm,
+            ..Self::default()
+        }
+    }
+
+    /// The memory slot, if it is a record of one.
+    pub fn slot(&self) -> Option<Slot> {
+        let half = |at: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&self.comm[at..at + 8]);
+            u64::from_le_bytes(bytes)
+        };
+
+        (self.kind == kind::MEMORY_SLOT).then(|| Slot {
+            vm: half(8),
+            id: self.pages,
+            gfn: half(0),
+        })
+    }
+
     /// The thread's name, up to its first zero; what is not UTF-8 is left out.
     pub fn comm(&self) -> &str {
         let len = self.comm.iter().position(|&byte| byte == 0);
@@ -279,7 +326,7 @@ impl fmt::Display for Line<'_> {
         let micros = record.time_ns / 1000;
         let pages = record.end.wrapping_sub(record.start) >> self.page_shift;
         let comm = match record.kind {
-            kind::MARKER => "<...>",
+            kind::MARKER | kind::MEMORY_SLOT => "<...>",
             _ => record.comm(),
         };
 
@@ -297,6 +344,13 @@ impl fmt::Display for Line<'_> {
             let text = record.marker_text();
             let end = text.iter().rposition(|byte| *byte != 0);
             return core::write!(f, "{}", text[..end.map_or(0, |end| end + 1)].escape_ascii());
+        }
+        if let Some(Slot { vm, id, gfn }) = record.slot() {
+            let (start, end) = (record.start, record.end);
+            return core::write!(
+                f,
+                "{start:x}-{end:x} ({pages}) slot={id} gfn={gfn:x} vm={vm}"
+            );
         }
         core::write!(
             f,
@@ -391,6 +445,23 @@ mod record_tests {
             Record::marker(&long, 0).marker_text(),
             [b'x'; Record::MARKER_BYTES]
         );
+    }
+
+    #[test]
+    fn a_memory_slot_comes_back() {
+        let slot = Slot {
+            vm: 1,
+            id: 3 | (1 << 16),
+            gfn: 0x10_0000,
+        };
+        let record = Record::memory_slot(slot, 0x7f00_0000_0000, 0x7f00_0020_0000);
+        let record = Record::from_bytes(&record.to_bytes());
+        assert_eq!(record.slot(), Some(slot));
+        assert!(record
+            .line(12)
+            .to_string()
+            .ends_with("memory_slot: 7f0000000000-7f0000200000 (512) slot=65539 gfn=100000 vm=1"));
+        assert_eq!(sample().slot(), None);
     }
 
     #[test]

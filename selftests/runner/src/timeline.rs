@@ -6,10 +6,10 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{Context, Result};
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
-use trace::record::{event, Record, SIZE};
+use trace::record::{event, Record};
 use trace::sequence::Sequence;
 
 /// How long before the scan's start it begins, and after it, in milliseconds.
@@ -49,14 +49,8 @@ impl Timeline {
     /// Of the scan that met most of guest memory while events were collected.
     pub fn read(records: &Path, events: &Path) -> Result<Timeline> {
         let bytes = fs::read(records).with_context(|| records.display().to_string())?;
-        let records_of = bytes.chunks_exact(SIZE);
-        ensure!(
-            records_of.remainder().is_empty(),
-            "{}: cut off",
-            records.display()
-        );
-        let whole = records_of.map(|one| Record::from_bytes(one.try_into().expect("its size")));
-        let sequence = Sequence::new(whole.collect());
+        let sequence = Sequence::from_bytes(&bytes)
+            .with_context(|| format!("{}: cut off", records.display()))?;
         let text = fs::read_to_string(events).with_context(|| events.display().to_string())?;
         Timeline::new(&sequence, &text).with_context(|| events.display().to_string())
     }

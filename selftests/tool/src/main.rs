@@ -6,6 +6,7 @@
 
 mod record;
 mod report;
+mod slots;
 mod stat;
 mod timeline;
 

@@ -18,6 +18,8 @@ use trace::filter::Filter;
 use trace::record::kind;
 use trace::saved::{About, Writer};
 
+use crate::slots::Watch;
+
 /// The file unless another is given, as perf and trace-cmd have theirs.
 pub const FILE: &str = "mmu-notifier-trace.dat";
 /// How often records are fetched. A ring has to hold what comes meanwhile.
@@ -120,6 +122,7 @@ pub fn record(options: Options) -> Result<ExitCode> {
     };
     let mut writer = Writer::create(&options.output, &about)
         .with_context(|| options.output.display().to_string())?;
+    let mut slots = watch_slots(pid);
     if let Some(started) = &mut started {
         started.go_on()?;
     }
@@ -136,6 +139,14 @@ pub fn record(options: Options) -> Result<ExitCode> {
         client.read_new(&mut new)?;
         released |= new.iter().any(|one| one.kind == kind::RELEASE);
         records += new.len();
+        match slots.as_mut().map(Watch::read_new) {
+            Some(Ok(set)) => new.extend(set),
+            Some(Err(error)) => {
+                eprintln!("guest pages are not recorded any more: {error:#}");
+                slots = None;
+            }
+            None => {}
+        }
         writer
             .append(&new)
             .with_context(|| options.output.display().to_string())?;
@@ -165,6 +176,16 @@ pub fn record(options: Options) -> Result<ExitCode> {
             .map_or(ExitCode::FAILURE, |code| ExitCode::from(code as u8)),
         None => ExitCode::SUCCESS,
     })
+}
+
+/// So that addresses can be shown as guest pages. Without KVM there are none.
+fn watch_slots(pid: u32) -> Option<Watch> {
+    if !Path::new("/dev/kvm").exists() {
+        return None;
+    }
+    Watch::start(pid)
+        .inspect_err(|error| eprintln!("guest pages are not recorded: {error:#}"))
+        .ok()
 }
 
 /// Why attaching may have failed.

@@ -13,6 +13,8 @@ use trace::record::{event, flag, kind, Record};
 use trace::saved::{self, About};
 use trace::sequence::Sequence;
 
+use crate::slots::{Part, Slots};
+
 /// What to show, and how.
 #[derive(Args)]
 pub struct Options {
@@ -39,14 +41,28 @@ pub fn report(options: &Options) -> Result<()> {
         if !options.json {
             heading(&mut out, &about)?;
         }
-        let kept = |record: &&Record| options.filter.keeps(record);
-        for record in sequence.records.iter().filter(kept) {
+        let page_size = about.page_size.max(1);
+        let mut slots = Slots::default();
+        for record in &sequence.records {
+            slots.see(record);
+            if !options.filter.keeps(record) {
+                continue;
+            }
+            // What has no range is nowhere in the guest.
+            let has_range = !matches!(
+                record.kind,
+                kind::MARKER | kind::MEMORY_SLOT | kind::RELEASE
+            );
+            let parts = slots.parts(record, page_size).filter(|_| has_range);
             match (options.json, record.kind) {
-                (true, _) => writeln!(out, "{}", object(record))?,
+                (true, _) => writeln!(out, "{}", object(record, parts))?,
                 (false, kind::OVERWRITTEN) => writeln!(out, "CPU:{} [LOST 1 EVENTS]", record.cpu)?,
                 (false, _) => {
-                    let shift = about.page_size.max(1).trailing_zeros();
-                    writeln!(out, "{}", record.line(shift))?;
+                    write!(out, "{}", record.line(page_size.trailing_zeros()))?;
+                    for Part { slot, first, end } in parts {
+                        write!(out, " slot={} gfn={first:x}-{end:x}", slot.id)?;
+                    }
+                    writeln!(out)?;
                 }
             }
         }
@@ -71,7 +87,7 @@ fn heading(out: &mut impl Write, about: &About) -> io::Result<()> {
     }
 }
 
-fn object(record: &Record) -> serde_json::Value {
+fn object(record: &Record, parts: impl Iterator<Item = Part>) -> serde_json::Value {
     let flags: Vec<&str> = [
         (flag::BLOCKABLE, "blockable"),
         (flag::NUMA, "numa"),
@@ -93,6 +109,10 @@ fn object(record: &Record) -> serde_json::Value {
         let text = record.marker_text();
         let text = String::from_utf8_lossy(&text);
         object["text"] = text.trim_end_matches('\0').into();
+    } else if let Some(slot) = record.slot() {
+        object["start"] = record.start.into();
+        object["end"] = record.end.into();
+        object["slot"] = json!({ "vm": slot.vm, "id": slot.id, "gfn": slot.gfn });
     } else {
         object["comm"] = record.comm().into();
         object["start"] = record.start.into();
@@ -102,6 +122,14 @@ fn object(record: &Record) -> serde_json::Value {
         }
         if record.kind == kind::NUMA_PROTECT {
             object["hinted"] = record.pages.into();
+        }
+        let guest: Vec<_> = parts
+            .map(|Part { slot, first, end }| {
+                json!({ "vm": slot.vm, "slot": slot.id, "gfn": first, "pages": end - first })
+            })
+            .collect();
+        if !guest.is_empty() {
+            object["guest"] = guest.into();
         }
     }
     object
@@ -114,7 +142,10 @@ fn summary(out: &mut impl Write, about: &About, sequence: &Sequence) -> io::Resu
         let numa = record.flags & flag::NUMA != 0;
         let (times, pages) = counts.entry((record.kind, record.event, numa)).or_default();
         *times += 1;
-        if record.kind != kind::MARKER && record.kind != kind::RELEASE {
+        if !matches!(
+            record.kind,
+            kind::MARKER | kind::RELEASE | kind::MEMORY_SLOT
+        ) {
             *pages += record.end.saturating_sub(record.start) / about.page_size.max(1);
         }
     }

@@ -15,7 +15,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::client::Stats;
-use crate::record::{Record, SIZE, VERSION};
+use crate::record::{Record, VERSION};
 use crate::sequence::Sequence;
 
 /// What the first line begins with.
@@ -113,12 +113,9 @@ pub fn read(path: &Path) -> io::Result<(About, Sequence)> {
     }
     let about = serde_json::from_str(second.trim())
         .map_err(|error| invalid(format!("what it is of: {error}")))?;
-    let records = records.chunks_exact(SIZE);
-    if !records.remainder().is_empty() {
-        return Err(invalid("ends in the middle of a record".into()));
-    }
-    let records = records.map(|one| Record::from_bytes(one.try_into().expect("its size")));
-    Ok((about, Sequence::new(records.collect())))
+    let sequence = Sequence::from_bytes(records)
+        .ok_or_else(|| invalid("ends in the middle of a record".into()))?;
+    Ok((about, sequence))
 }
 
 #[cfg(test)]

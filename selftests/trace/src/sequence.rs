@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::record::{flag, kind, Record};
+use crate::record::{flag, kind, Record, SIZE};
 
 /// A start, and its end if one came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +60,14 @@ pub struct Sequence {
 }
 
 impl Sequence {
+    /// Groups records as the recorder's files hold them. `None` where the last one is cut off.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Sequence> {
+        let records = bytes
+            .chunks(SIZE)
+            .map(|one| Some(Record::from_bytes(one.try_into().ok()?)));
+        Some(Sequence::new(records.collect::<Option<_>>()?))
+    }
+
     /// Groups `records`, in any order.
     pub fn new(mut records: Vec<Record>) -> Sequence {
         let mut sequence = Sequence::default();

@@ -22,6 +22,7 @@ use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
 use guest::balancing;
 use guest::ktap::{Ktap, Outcome};
+use guest::needs;
 use trace::client::{is_loaded, ROOT};
 use trace::record::Record;
 
@@ -51,6 +52,9 @@ struct Args {
     /// Attach to oneself.
     #[arg(long, hide = true)]
     attach_self: bool,
+    /// Be a virtual machine for a moment.
+    #[arg(long, hide = true)]
+    guest: bool,
 }
 
 type Test = fn(&Args) -> Result<()>;
@@ -85,6 +89,7 @@ const TESTS: &[(&str, Test)] = &[
     ("tool.command", tool::command),
     ("tool.process", tool::process),
     ("tool.stat", tool::stat),
+    ("tool.guest", tool::guest),
     ("module.unload_while_open", module::unload_while_open),
     (
         "module.unload_while_attached",
@@ -105,6 +110,7 @@ fn main() -> ExitCode {
         Args {
             attach_self: true, ..
         } => Some(attach::attach_self()),
+        Args { guest: true, .. } => Some(tool::be_guest()),
         _ => None,
     };
     match child {
@@ -116,6 +122,7 @@ fn main() -> ExitCode {
         None => {}
     }
     let mut ktap = Ktap::start(TESTS.len());
+    let no_guest = needs::missing([&needs::KVM, &needs::KPROBE_EVENTS]);
     for (name, test) in TESTS {
         let name = format!("recorder.{name}");
         let outcome = match () {
@@ -127,6 +134,9 @@ fn main() -> ExitCode {
             }
             () if name.contains(".tool.") && !args.tool.exists() => {
                 Outcome::Skip(format!("no {}: --tool", args.tool.display()))
+            }
+            () if name.ends_with(".guest") && no_guest.is_some() => {
+                Outcome::Skip(no_guest.clone().unwrap_or_default())
             }
             () if name.contains(".module.") && !args.module.exists() => {
                 Outcome::Skip(format!("no {}: --module", args.module.display()))

@@ -2,10 +2,16 @@
 //! The tool mmu-notifier-trace on processes of this program's: what it records, shows and refuses.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 
 use anyhow::{ensure, Context, Result};
+use guest::balancing::{self, CPU_NODE};
+use guest::memory::{Backing, GuestMemory, Pinned};
+use guest::vm::{Sweep, Vm};
+use guest::PAGE;
 use trace::record::kind;
 use trace::saved;
 
@@ -176,5 +182,62 @@ pub fn stat(args: &Args) -> Result<()> {
     end(target)?;
     let (_, error) = ends(args, &["stat", "-p", &pid, "-c", "1"], 2)?;
     ensure!(error.contains(&pid), "{error}");
+    Ok(())
+}
+
+/// Memory of a guest in bytes, and the pages of it that are discarded.
+const GUEST: usize = 4 << 20;
+const DISCARDED: Range<usize> = 0x100..0x180;
+
+/// A VM: what is told of its memory is shown with the guest pages that lie there.
+pub fn guest(args: &Args) -> Result<()> {
+    let folder = Folder::new()?;
+    let file = folder.file("guest");
+    let own = std::env::current_exe()?.display().to_string();
+    ends(args, &["record", "-o", &file, "--", &own, "--guest"], 0)?;
+    let (lines, _) = ends(args, &["report", "--json", &file], 0)?;
+    let objects: Vec<serde_json::Value> = lines
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()
+        .context("a line for each record")?;
+    let slot = objects.iter().find(|one| one["slot"]["id"] == 0);
+    let slot = slot.with_context(|| format!("no memory slot 0: {lines}"))?;
+    let start = slot["start"].as_u64().context("no start")?;
+    ensure!(slot["end"] == start + GUEST as u64, "{slot}");
+    let discarded = objects.iter().find(|one| {
+        one["event"] == "clear" && one["start"] == start + (DISCARDED.start * PAGE) as u64
+    });
+    let discarded = discarded.context("discarding memory was not recorded")?;
+    let expected = serde_json::json!([
+        { "vm": 0, "slot": 0, "gfn": DISCARDED.start, "pages": DISCARDED.len() }
+    ]);
+    ensure!(discarded["guest"] == expected, "{discarded}");
+    let (text, _) = ends(args, &["report", &file], 0)?;
+    ensure!(text.contains(" slot=0 gfn=100-180"), "{text}");
+    let (rules, _) = ends(args, &["check", &file], 0)?;
+    ensure!(rules.matches("ok: ").count() == 5, "{rules}");
+    Ok(())
+}
+
+/// As the process that is recorded.
+pub fn be_guest() -> Result<()> {
+    let memory = Arc::new(GuestMemory::new(
+        Backing::Anon,
+        Pinned::None,
+        GUEST,
+        CPU_NODE,
+    )?);
+    let vm = Vm::new(&memory, &balancing::vcpu_cpus(1)?)?;
+    let whole = Sweep {
+        first: 0,
+        stride: 1,
+        count: memory.pages(),
+    };
+    vm.pass(0, whole)?;
+    let start = memory.addresses().start as usize + DISCARDED.start * PAGE;
+    // SAFETY: guest memory, which Rust holds no reference into; no vCPU runs.
+    let rc = unsafe { libc::madvise(start as *mut _, DISCARDED.len() * PAGE, libc::MADV_DONTNEED) };
+    ensure!(rc == 0, "madvise(): {}", std::io::Error::last_os_error());
     Ok(())
 }
