@@ -161,14 +161,15 @@ impl Record {
         }
     }
 
+    /// The eight bytes of `comm` from `at` on.
+    fn comm_half(&self, at: usize) -> u64 {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.comm[at..at + 8]);
+        u64::from_le_bytes(bytes)
+    }
+
     /// The record without its sequence number, as the words that the ring stores.
     pub fn to_words(&self) -> [u64; 7] {
-        let half = |at: usize| {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(&self.comm[at..at + 8]);
-            u64::from_le_bytes(bytes)
-        };
-
         [
             self.time_ns,
             self.start,
@@ -178,8 +179,8 @@ impl Record {
                 | (u64::from(self.event) << 8)
                 | (u64::from(self.flags) << 16)
                 | (u64::from(self.pages) << 32),
-            half(0),
-            half(8),
+            self.comm_half(0),
+            self.comm_half(8),
         ]
     }
 
@@ -281,16 +282,10 @@ impl Record {
 
     /// The memory slot, if it is a record of one.
     pub fn slot(&self) -> Option<Slot> {
-        let half = |at: usize| {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(&self.comm[at..at + 8]);
-            u64::from_le_bytes(bytes)
-        };
-
         (self.kind == kind::MEMORY_SLOT).then(|| Slot {
-            vm: half(8),
+            vm: self.comm_half(8),
             id: self.pages,
-            gfn: half(0),
+            gfn: self.comm_half(0),
         })
     }
 
