@@ -352,10 +352,12 @@ mod loom_tests {
         values.for_each(|value| ring.push(&[value, !value]));
     }
 
-    /// Reads like somebody who comes by while others write.
-    fn look(ring: &Shared, seq: u64) {
-        if let Entry::Stored(words) = ring.get(seq) {
-            assert_eq!(words[0], !words[1], "halves of two entries");
+    /// Reads the first entries like somebody who comes by while others write.
+    fn look(ring: &Shared) {
+        for seq in 0..2 {
+            if let Entry::Stored(words) = ring.get(seq) {
+                assert_eq!(words[0], !words[1], "halves of two entries");
+            }
         }
     }
 
@@ -373,63 +375,49 @@ mod loom_tests {
         assert!(missing <= ring.lost(), "more are missing than are counted");
     }
 
-    /// Every order of what the threads do, but for those in which one is interrupted oftener than this.
-    fn every_order(interruptions: usize, body: fn()) {
+    /// Every order of what a writer of `values` and `beside` do to a ring of `size` slots, but for those in
+    /// which a thread is interrupted oftener than `interruptions`. In the end there are `recorded` entries.
+    fn race(
+        interruptions: usize,
+        size: usize,
+        values: core::ops::Range<u64>,
+        beside: fn(&Shared),
+        recorded: u64,
+    ) {
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(interruptions);
-        model.check(body);
+        model.check(move || {
+            let ring = ring(size);
+            while_pushing(&ring, values.clone(), beside);
+            at_rest(&ring, recorded);
+        });
+    }
+
+    fn while_pushing(ring: &Shared, values: core::ops::Range<u64>, beside: fn(&Shared)) {
+        let other = ring.clone();
+        let writer = thread::spawn(move || push(&other, values));
+        beside(ring);
+        writer.join().unwrap();
     }
 
     #[test]
     fn two_writers_of_one_slot() {
-        every_order(4, || {
-            let ring = ring(1);
-            let other = ring.clone();
-            let writer = thread::spawn(move || push(&other, 1..3));
-            push(&ring, 3..5);
-            writer.join().unwrap();
-            at_rest(&ring, 4);
-        });
+        race(4, 1, 1..3, |ring| push(ring, 3..5), 4);
     }
 
     #[test]
     fn two_writers_of_two_slots() {
-        every_order(3, || {
-            let ring = ring(2);
-            let other = ring.clone();
-            let writer = thread::spawn(move || push(&other, 1..4));
-            push(&ring, 4..6);
-            writer.join().unwrap();
-            at_rest(&ring, 5);
-        });
+        race(3, 2, 1..4, |ring| push(ring, 4..6), 5);
     }
 
     #[test]
     fn reader_that_is_overtaken() {
-        every_order(3, || {
-            let ring = ring(1);
-            let other = ring.clone();
-            let writer = thread::spawn(move || push(&other, 1..3));
-            (0..2).for_each(|seq| look(&ring, seq));
-            writer.join().unwrap();
-            at_rest(&ring, 2);
-        });
+        race(3, 1, 1..3, look, 2);
     }
 
     #[test]
     fn reader_beside_two_writers() {
-        every_order(2, || {
-            let ring = ring(1);
-            let writers = [1, 2].map(|value| {
-                let ring = ring.clone();
-                thread::spawn(move || push(&ring, value..value + 1))
-            });
-            (0..2).for_each(|seq| look(&ring, seq));
-            for writer in writers {
-                writer.join().unwrap();
-            }
-            at_rest(&ring, 2);
-        });
+        race(2, 1, 1..2, |ring| while_pushing(ring, 2..3, look), 2);
     }
 }
 
