@@ -141,9 +141,9 @@ pub struct Record {
     /// How, see [`flag`].
     pub flags: u16,
     /// `numa_protect()`: the pages that the whole report hinted, repeated in each of its
-    /// stretches, at most `u32::MAX`. 0 elsewhere.
+    /// stretches, at most `u32::MAX`. Of a memory slot its number, 0 elsewhere.
     pub pages: u32,
-    /// The thread's name, padded with zeroes.
+    /// The thread's name, padded with zeroes; see [`Record::marker`] and [`Record::memory_slot`].
     pub comm: [u8; 16],
 }
 

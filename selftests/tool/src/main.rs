@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! mmu-notifier-trace: records what MMU notifiers tell of a process, shows it and checks it. Talks to the recorder through
-//! its files in debugfs; writes the files it is told to write, and standard output.
+//! its files in debugfs, and to tracefs for what a VM tells KVM; writes the files it is told to write, and standard output.
 //!
 //! `record` and `stat` need the module `mmu_notifier_trace` and root, the others only a file.
 

@@ -122,7 +122,7 @@ pub fn record(options: Options) -> Result<ExitCode> {
     };
     let mut writer = Writer::create(&options.output, &about)
         .with_context(|| options.output.display().to_string())?;
-    let mut slots = watch_slots(pid);
+    let mut slots = watch_slots(&about);
     if let Some(started) = &mut started {
         started.go_on()?;
     }
@@ -179,11 +179,11 @@ pub fn record(options: Options) -> Result<ExitCode> {
 }
 
 /// So that addresses can be shown as guest pages. Without KVM there are none.
-fn watch_slots(pid: u32) -> Option<Watch> {
+fn watch_slots(about: &About) -> Option<Watch> {
     if !Path::new("/dev/kvm").exists() {
         return None;
     }
-    Watch::start(pid)
+    Watch::start(about.pid, about.page_size)
         .inspect_err(|error| eprintln!("guest pages are not recorded: {error:#}"))
         .ok()
 }

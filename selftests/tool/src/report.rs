@@ -48,12 +48,9 @@ pub fn report(options: &Options) -> Result<()> {
             if !options.filter.keeps(record) {
                 continue;
             }
-            // What has no range is nowhere in the guest.
-            let has_range = !matches!(
-                record.kind,
-                kind::MARKER | kind::MEMORY_SLOT | kind::RELEASE
-            );
-            let parts = slots.parts(record, page_size).filter(|_| has_range);
+            let parts = slots
+                .parts(record, page_size)
+                .filter(|_| tells_of_range(record));
             match (options.json, record.kind) {
                 (true, _) => writeln!(out, "{}", object(record, parts))?,
                 (false, kind::OVERWRITTEN) => writeln!(out, "CPU:{} [LOST 1 EVENTS]", record.cpu)?,
@@ -85,6 +82,14 @@ fn heading(out: &mut impl Write, about: &About) -> io::Result<()> {
         ),
         None => writeln!(out, "# the recording was cut off"),
     }
+}
+
+/// Whether something happens at its addresses: others have none, or are of the whole process.
+fn tells_of_range(record: &Record) -> bool {
+    !matches!(
+        record.kind,
+        kind::MARKER | kind::RELEASE | kind::MEMORY_SLOT
+    )
 }
 
 fn object(record: &Record, parts: impl Iterator<Item = Part>) -> serde_json::Value {
@@ -142,10 +147,7 @@ fn summary(out: &mut impl Write, about: &About, sequence: &Sequence) -> io::Resu
         let numa = record.flags & flag::NUMA != 0;
         let (times, pages) = counts.entry((record.kind, record.event, numa)).or_default();
         *times += 1;
-        if !matches!(
-            record.kind,
-            kind::MARKER | kind::RELEASE | kind::MEMORY_SLOT
-        ) {
+        if tells_of_range(record) {
             *pages += record.end.saturating_sub(record.start) / about.page_size.max(1);
         }
     }

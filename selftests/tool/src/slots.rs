@@ -30,18 +30,18 @@ pub struct Watch {
 
 impl Watch {
     /// Of process `pid` and the threads that it will have.
-    pub fn start(pid: u32) -> Result<Watch> {
+    pub fn start(pid: u32, page_size: u64) -> Result<Watch> {
         let name = format!("mmu_notifier_trace_{}", std::process::id());
         let event = format!("{name}/slot");
         let define = format!("p:{event} {FUNCTION} {ARGUMENTS}");
         let events = Path::new(TRACEFS).join("kprobe_events");
         append(&events, &define).with_context(|| format!("{}: {define}", events.display()))?;
         // From here on, what was made is removed if anything fails.
-        let guard = Made {
+        let made = Made {
             instance: Path::new(TRACEFS).join("instances").join(&name),
             event,
         };
-        fs::create_dir(&guard.instance).with_context(|| guard.instance.display().to_string())?;
+        fs::create_dir(&made.instance).with_context(|| made.instance.display().to_string())?;
         let threads = fs::read_dir(format!("/proc/{pid}/task")).context("its threads")?;
         let threads: Vec<String> = threads
             .map(|thread| Ok(thread?.file_name().to_string_lossy().into_owned()))
@@ -50,21 +50,21 @@ impl Watch {
             ("trace_clock".into(), "mono"),
             ("options/event-fork".into(), "1"),
             ("set_event_pid".into(), threads.join(" ").as_str()),
-            (format!("events/{}/enable", guard.event), "1"),
+            (format!("events/{}/enable", made.event), "1"),
         ] {
-            let path = guard.instance.join(file);
+            let path = made.instance.join(file);
             fs::write(&path, value).with_context(|| path.display().to_string())?;
         }
         let pipe = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
-            .open(guard.instance.join("trace_pipe"))
+            .open(made.instance.join("trace_pipe"))
             .context("trace_pipe")?;
         Ok(Watch {
             pipe,
             rest: String::new(),
-            lines: Lines::default(),
-            _made: guard,
+            lines: Lines::new(page_size),
+            _made: made,
         })
     }
 
@@ -93,7 +93,12 @@ struct Made {
 
 impl Drop for Made {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.instance);
+        match fs::remove_dir(&self.instance) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                eprintln!("{}: not removed: {error}", self.instance.display());
+            }
+            _ => {}
+        }
         let remove = format!("-:{}", self.event);
         if let Err(error) = append(&Path::new(TRACEFS).join("kprobe_events"), &remove) {
             eprintln!("kprobe_events: {remove}: {error}");
@@ -108,14 +113,22 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
 }
 
 /// Makes records of the event's lines.
-#[derive(Default)]
 struct Lines {
+    page_size: u64,
     /// The VMs, as the kernel tells them from each other.
     vms: Vec<u64>,
     records: u64,
 }
 
 impl Lines {
+    fn new(page_size: u64) -> Lines {
+        Lines {
+            page_size,
+            vms: Vec::new(),
+            records: 0,
+        }
+    }
+
     /// Of a line such as
     ///
     /// ```text
@@ -154,12 +167,10 @@ impl Lines {
             self.vms.push(vm);
             self.vms.len() - 1
         });
-        // SAFETY: takes a number, returns one.
-        let page_size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
         let slot = Slot {
             vm: vm as u64,
             id: id as u32,
-            gfn: gpa / page_size,
+            gfn: gpa / self.page_size,
         };
         let seq = self.records;
         self.records += 1;
@@ -230,7 +241,7 @@ mod tests {
 
     #[test]
     fn a_line_becomes_a_record() {
-        let mut lines = Lines::default();
+        let mut lines = Lines::new(4096);
         let record = lines.record(LINE).unwrap();
         assert_eq!((record.time_ns, record.tid), (25_123_456_000, 312));
         assert_eq!(record.start..record.end, 0x7f00_0000_1000..0x7f00_0000_9000);
