@@ -12,10 +12,11 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{bail, ensure, Context, Result};
+use guest::balancing::{self, Settings};
 use guest::memcg::Source;
 use guest::memory::HUGE_PAGE;
 use guest::needs::{self, Need};
-use guest::{balancing, PAGE};
+use guest::PAGE;
 
 use crate::{under_scans, Test, SCANS};
 
@@ -85,7 +86,7 @@ const HUGE: Layout = Layout {
 /// Pages to be hinted while the device is busy, each a mapping of its own, so that the device hears of each by itself.
 const EACH: Layout = Layout {
     to_device: 0,
-    stay: 256,
+    stay: 64,
     ..BASE
 };
 /// What it is busy with.
@@ -99,6 +100,9 @@ const READERS: usize = 3;
 /// A scan is short, and may come while the device rests: so many of them, each in a new process, as all that is new there
 /// is looked at in the first scan.
 const ROUNDS: usize = 8;
+/// Time from one scan to the next in milliseconds, more than one takes here: of two scans at once, the one that comes to the
+/// end makes the other leave out the mapping that both met for the first time.
+const PERIOD: u32 = 1000;
 
 /// Memory of our own, at a multiple of the huge page size.
 struct Mapping {
@@ -257,6 +261,7 @@ fn left_alone(source: &Source, layout: &Layout) -> Result<()> {
 /// Lets a scan run while threads keep the mutex that the device takes for each notification: a scan waits for it, and
 /// hints every page. One that may not sleep leaves pages out, for the next scan: so there is one only.
 fn hinted_while_busy(source: &Source) -> Result<()> {
+    let _period = Settings::every(PERIOD)?;
     (0..ROUNDS).try_for_each(|round| {
         in_new_process(|| one_scan_while_busy(source)).with_context(|| format!("round {round}"))
     })
