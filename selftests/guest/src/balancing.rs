@@ -21,13 +21,22 @@ pub const MEMORY_NODE: usize = 1;
 /// The CPUs of `node`; none where it is only memory.
 pub fn node_cpus(node: usize) -> Result<Vec<usize>> {
     let path = format!("/sys/devices/system/node/node{node}/cpulist");
-    let text = fs::read_to_string(&path)
-        .with_context(|| format!("{path}: the tests need two NUMA nodes"))?;
+    cpu_list(&path).context("the tests need two NUMA nodes")
+}
+
+/// All CPUs that run.
+pub fn online_cpus() -> Result<Vec<usize>> {
+    cpu_list("/sys/devices/system/cpu/online")
+}
+
+/// The CPUs in a file such as `0-3,8`.
+fn cpu_list(path: &str) -> Result<Vec<usize>> {
+    let text = fs::read_to_string(path).context(path.to_string())?;
     let mut cpus = Vec::new();
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let first: usize = first.parse().with_context(|| path.clone())?;
-        let last: usize = last.parse().with_context(|| path.clone())?;
+        let first: usize = first.parse().context(path.to_string())?;
+        let last: usize = last.parse().context(path.to_string())?;
         cpus.extend(first..=last);
     }
     Ok(cpus)

@@ -13,6 +13,7 @@
 //! - [`ksm`]: merging of equal pages.
 //! - [`tracefs`]: how often a tracepoint fired.
 //! - [`spans`]: how long functions of the kernel took.
+//! - [`pages`]: pages that are protected and discarded at will.
 //! - [`needs`]: what the machine must have for all that.
 //! - [`ktap`]: how results are printed.
 
@@ -25,6 +26,7 @@ pub mod linux;
 pub mod memcg;
 pub mod memory;
 pub mod needs;
+pub mod pages;
 pub mod spans;
 pub mod stats;
 pub mod tracefs;

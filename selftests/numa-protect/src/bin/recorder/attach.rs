@@ -8,10 +8,11 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use anyhow::{bail, ensure, Context, Result};
+use guest::pages::Pages;
 use trace::client::{Client, ROOT};
 
 use crate::module::kernel_memory;
-use crate::{attached, child, child_with, end, refused, write_once, Pages};
+use crate::{attached, child, child_with, end, refused, write_once};
 
 pub fn bad_input(file: &str) -> Result<()> {
     for text in [

@@ -6,10 +6,12 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{bail, ensure, Context, Result};
+use guest::pages::Pages;
 use trace::client::{Client, ROOT};
 use trace::record::{self, flag, kind, Record};
 
-use crate::{child, end, write_once, Pages};
+use crate::records::seen_in;
+use crate::{child, end, write_once};
 
 /// Writing to a file of the target fails with `errno`.
 fn refused(client: &Client, file: &str, text: &[u8], errno: i32) -> Result<()> {
@@ -61,7 +63,7 @@ pub fn enabled() -> Result<()> {
     refused(&client, "marker", b"off", libc::EBADF)?;
     write_once(client.path("enabled"), "1")?;
     pages.protect(libc::PROT_READ | libc::PROT_WRITE)?;
-    let seen = pages.seen_in(&new_records(&mut client)?);
+    let seen = seen_in(&pages, &new_records(&mut client)?);
     ensure!(seen.len() == 2, "recorded of one mprotect(): {seen:?}");
     Ok(())
 }
@@ -84,7 +86,7 @@ pub fn filter() -> Result<()> {
         new_records(&mut client)?;
         pages.protect(libc::PROT_READ)?;
         pages.protect(libc::PROT_READ | libc::PROT_WRITE)?;
-        let seen = pages.seen_in(&new_records(&mut client)?);
+        let seen = seen_in(&pages, &new_records(&mut client)?);
         Ok(seen.into_iter().map(|(kind, ..)| kind).collect())
     };
     let (start, end) = (kind::INVALIDATE_RANGE_START, kind::INVALIDATE_RANGE_END);

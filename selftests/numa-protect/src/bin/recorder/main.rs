@@ -6,8 +6,10 @@
 
 mod attach;
 mod files;
+mod load;
 mod module;
 mod records;
+mod scanned;
 mod tool;
 
 use std::collections::BTreeSet;
@@ -24,7 +26,6 @@ use guest::balancing;
 use guest::ktap::{Ktap, Outcome};
 use guest::needs;
 use trace::client::{is_loaded, ROOT};
-use trace::record::Record;
 
 const MODULE: &str = "mmu_notifier_trace";
 
@@ -40,6 +41,9 @@ struct Args {
     /// The tool, for the tests that run it.
     #[arg(long, default_value = "/bin/mmu-notifier-trace")]
     tool: PathBuf,
+    /// How long every CPU is kept busy with what is recorded, in seconds.
+    #[arg(long, default_value_t = 2)]
+    load_seconds: u64,
     /// Do nothing until the end of standard input: be the process that the tests attach to.
     #[arg(long, hide = true)]
     wait: bool,
@@ -52,6 +56,9 @@ struct Args {
     /// Attach to oneself.
     #[arg(long, hide = true)]
     attach_self: bool,
+    /// Have memory that scans find worth their while, until the end of standard input.
+    #[arg(long, hide = true)]
+    scanned: bool,
     /// Be a virtual machine for a moment.
     #[arg(long, hide = true)]
     guest: bool,
@@ -82,19 +89,25 @@ const TESTS: &[(&str, Test)] = &[
     ("records.known_sequence", |_| records::known_sequence()),
     ("records.overwritten", |_| on_cpu(1, records::overwritten)),
     ("records.dropped", |_| on_cpu(1, records::dropped)),
+    ("records.every_cpu_at_once", |args| {
+        load::every_cpu_at_once(args.load_seconds)
+    }),
     ("records.not_of_children", |_| records::not_of_children()),
     ("records.after_exit", |_| records::after_exit()),
     ("records.after_exec", |_| records::after_exec()),
     ("records.after_kill", |_| records::after_kill()),
+    ("records.killed_in_scan", |_| scanned::killed()),
     ("tool.command", tool::command),
     ("tool.process", tool::process),
     ("tool.stat", tool::stat),
     ("tool.guest", tool::guest),
+    ("module.kunit", |_| module::kunit()),
     ("module.unload_while_open", module::unload_while_open),
     (
         "module.unload_while_attached",
         module::unload_while_attached,
     ),
+    ("module.unload_in_scan", scanned::unload_while_scanned),
     ("module.parameters", module::parameters),
     ("module.cycles", module::cycles),
 ];
@@ -110,6 +123,7 @@ fn main() -> ExitCode {
         Args {
             attach_self: true, ..
         } => Some(attach::attach_self()),
+        Args { scanned: true, .. } => Some(scanned::be_scanned()),
         Args { guest: true, .. } => Some(tool::be_guest()),
         _ => None,
     };
@@ -122,6 +136,7 @@ fn main() -> ExitCode {
         None => {}
     }
     let mut ktap = Ktap::start(TESTS.len());
+    let no_scans = needs::missing([&needs::TWO_NODES, &needs::NUMA_BALANCING]);
     let no_guest = needs::missing([&needs::KVM, &needs::KPROBE_EVENTS]);
     for (name, test) in TESTS {
         let name = format!("recorder.{name}");
@@ -137,6 +152,12 @@ fn main() -> ExitCode {
             }
             () if name.ends_with(".guest") && no_guest.is_some() => {
                 Outcome::Skip(no_guest.clone().unwrap_or_default())
+            }
+            () if name.ends_with("_in_scan") && no_scans.is_some() => {
+                Outcome::Skip(no_scans.clone().unwrap_or_default())
+            }
+            () if name.ends_with(".kunit") && !Path::new(module::KUNIT).exists() => {
+                Outcome::Skip(format!("no {}: CONFIG_KUNIT_DEBUGFS", module::KUNIT))
             }
             () if name.contains(".module.") && !args.module.exists() => {
                 Outcome::Skip(format!("no {}: --module", args.module.display()))
@@ -234,74 +255,6 @@ fn end(mut child: Child) -> Result<()> {
         "the child did not come to its end: {status}"
     );
     Ok(())
-}
-
-/// Memory of our own that nobody else changes.
-struct Pages {
-    start: *mut u8,
-    length: usize,
-}
-
-impl Pages {
-    fn new(count: usize) -> Result<Pages> {
-        let length = count * 4096;
-        let (prot, flags) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        );
-        // SAFETY: a new mapping, wherever the kernel likes.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, prot, flags, -1, 0) };
-        ensure!(
-            start != libc::MAP_FAILED,
-            "mmap: {}",
-            io::Error::last_os_error()
-        );
-        let pages = Pages {
-            start: start.cast(),
-            length,
-        };
-        for page in 0..count {
-            // SAFETY: within the mapping, which is writable.
-            unsafe { pages.start.add(page * 4096).write_volatile(1) };
-        }
-        Ok(pages)
-    }
-
-    fn protect(&self, prot: i32) -> Result<()> {
-        // SAFETY: the mapping is ours, and nobody holds a reference into it.
-        let status = unsafe { libc::mprotect(self.start.cast(), self.length, prot) };
-        ensure!(status == 0, "mprotect: {}", io::Error::last_os_error());
-        Ok(())
-    }
-
-    fn discard(&self) -> Result<()> {
-        // SAFETY: as in `protect`.
-        let status = unsafe { libc::madvise(self.start.cast(), self.length, libc::MADV_DONTNEED) };
-        ensure!(status == 0, "madvise: {}", io::Error::last_os_error());
-        Ok(())
-    }
-
-    fn addresses(&self) -> std::ops::Range<u64> {
-        let start = self.start as u64;
-        start..start + self.length as u64
-    }
-
-    /// What was recorded of exactly this mapping.
-    fn seen_in(&self, records: &[Record]) -> Vec<(u8, u8, u16)> {
-        let (start, end) = (self.start as u64, self.start as u64 + self.length as u64);
-        let ours = records
-            .iter()
-            .filter(|record| (record.start, record.end) == (start, end));
-        ours.map(|record| (record.kind, record.event, record.flags))
-            .collect()
-    }
-}
-
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and gone with this value.
-        unsafe { libc::munmap(self.start.cast(), self.length) };
-    }
 }
 
 /// Runs `test` in a thread on this CPU.

@@ -9,16 +9,32 @@ use std::path::Path;
 
 use anyhow::{bail, ensure, Context, Result};
 use guest::ktap::diagnostic;
+use guest::pages::Pages;
 use trace::client::{Client, ROOT};
 
-use crate::{attached, child, end, write_once, Args, Pages, MODULE};
+use crate::{attached, child, end, write_once, Args, MODULE};
 
 /// How often the module is loaded, used and unloaded.
 const CYCLES: usize = 100;
 /// Cycles after which the memory that the kernel uses must not grow any more.
 const WARM_UP: usize = 20;
 
-fn load(module: &Path, parameters: &CStr) -> Result<()> {
+/// What came of the tests inside the kernel, in a kernel that has them.
+pub const KUNIT: &str = "/sys/kernel/debug/kunit/mmu_notifier/results";
+
+/// The tests of rust/mmu_notifier.rs, which run when the module is loaded.
+pub fn kunit() -> Result<()> {
+    let text = fs::read_to_string(KUNIT).context(KUNIT)?;
+    let of = |start: &str| {
+        text.lines()
+            .filter(|line| line.trim_start().starts_with(start))
+            .count()
+    };
+    ensure!(of("not ok ") == 0 && of("ok ") > 1, "{text}");
+    Ok(())
+}
+
+pub fn load(module: &Path, parameters: &CStr) -> Result<()> {
     let file = File::open(module).with_context(|| module.display().to_string())?;
     // SAFETY: the descriptor is open, and the parameters are a string.
     let status = unsafe {
@@ -38,7 +54,7 @@ fn load(module: &Path, parameters: &CStr) -> Result<()> {
     Ok(())
 }
 
-fn unload() -> io::Result<()> {
+pub fn unload() -> io::Result<()> {
     let name = CString::new(MODULE)?;
     // SAFETY: the name is a valid string for the call.
     match unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) } {
@@ -47,19 +63,24 @@ fn unload() -> io::Result<()> {
     }
 }
 
+/// An open file holds the module.
+pub fn not_unloaded(args: &Args) -> Result<()> {
+    match unload() {
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(()),
+        Err(error) => Err(error).context("unloading while a file is open"),
+        Ok(()) => {
+            load(&args.module, c"")?;
+            bail!("unloaded while a file was open");
+        }
+    }
+}
+
 /// An open file holds the module, also that of a target which is detached.
 pub fn unload_while_open(args: &Args) -> Result<()> {
     let client = Client::attach_self(64)?;
     for file in ["trace", "stats", "filter", "per_cpu/cpu0/records"] {
         let held = File::open(client.path(file))?;
-        match unload() {
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
-            Err(error) => return Err(error).context("unloading while a file is open"),
-            Ok(()) => {
-                load(&args.module, c"")?;
-                bail!("unloaded while {file} was open");
-            }
-        }
+        not_unloaded(args).context(file)?;
         drop(held);
     }
     let trace = File::open(client.path("trace"))?;
@@ -76,7 +97,7 @@ pub fn unload_while_open(args: &Args) -> Result<()> {
 /// The parameters say what is not said to `attach`.
 pub fn parameters(args: &Args) -> Result<()> {
     unload()?;
-    load(&args.module, c"records=128 overwrite=N")?;
+    load(&args.module, c"records=128 overwrite=0")?;
     let client = Client::attach(std::process::id(), "")?;
     let size = fs::read_to_string(client.path("size"))?;
     let pages = Pages::new(1)?;

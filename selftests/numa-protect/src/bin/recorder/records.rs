@@ -4,12 +4,26 @@
 use std::fs;
 use std::io::Write;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
+use guest::pages::Pages;
 use trace::client::{Client, ROOT};
 use trace::record::{event, flag, kind, Record};
 
-use crate::{attached, child, child_with, end, refused, write_once, Pages};
+use crate::{attached, child, child_with, end, refused, write_once};
+
+/// The longest that a process may take to die.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// What was recorded of exactly these pages: kind, event and flags.
+pub fn seen_in(pages: &Pages, records: &[Record]) -> Vec<(u8, u8, u16)> {
+    let ours = records
+        .iter()
+        .filter(|record| (record.start..record.end) == pages.addresses());
+    ours.map(|record| (record.kind, record.event, record.flags))
+        .collect()
+}
 
 pub fn known_sequence() -> Result<()> {
     let pages = Pages::new(16)?;
@@ -29,7 +43,7 @@ pub fn known_sequence() -> Result<()> {
         pair(event::CLEAR),
     ]
     .concat();
-    let seen = pages.seen_in(&records);
+    let seen = seen_in(&pages, &records);
     ensure!(
         seen == expected,
         "recorded {seen:?}, expected {expected:?} (kind, event, flags)"
@@ -183,19 +197,24 @@ pub fn after_exec() -> Result<()> {
     Ok(())
 }
 
+/// Until it is one: a process gives up its memory first.
+pub fn wait_for_zombie(pid: &str) -> Result<()> {
+    let stat = || fs::read_to_string(format!("/proc/{pid}/stat"));
+    let begun = Instant::now();
+    while !stat()?.contains(") Z ") {
+        ensure!(begun.elapsed() < LIMIT, "no zombie: {}", stat()?);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
 /// A process that is killed leaves its trace; as long as nobody has waited for it, it is there, and cannot be attached.
 pub fn after_kill() -> Result<()> {
     let mut target = child()?;
     let pid = target.id().to_string();
     write_once("attach", &pid)?;
     target.kill()?;
-    // It gives up its memory first, and is a zombie a moment later.
-    let stat = || fs::read_to_string(format!("/proc/{pid}/stat"));
-    let begun = std::time::Instant::now();
-    while !stat()?.contains(") Z ") {
-        ensure!(begun.elapsed().as_secs() < 30, "no zombie: {}", stat()?);
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    wait_for_zombie(&pid)?;
     let trace = fs::read_to_string(Path::new(ROOT).join(&pid).join("trace"))?;
     ensure!(trace.contains(": release:"), "no release: {trace}");
     write_once("detach", &pid)?;
