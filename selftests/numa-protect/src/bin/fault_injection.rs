@@ -298,6 +298,11 @@ fn attach() -> Result<()> {
         let file = fs::OpenOptions::new().write(true).open(&path);
         file.with_context(|| path.display().to_string())
     };
+    let all = {
+        let _attached = Client::attach_self(64).context("beforehand")?;
+        files_in(&folder)
+    };
+    ensure!(all > 0, "{}: no files", folder.display());
     let mut without_files = 0;
     let tries = each_nth("attach", |nth| {
         let (attach, detach) = (open("attach")?, open("detach")?);
@@ -307,9 +312,7 @@ fn attach() -> Result<()> {
         match &attached {
             Ok(_) => {
                 // As everywhere in debugfs, a file that cannot be made is left out and nobody told.
-                if fs::read_dir(&folder).map_or(0, Iterator::count) < 3 {
-                    without_files += 1;
-                }
+                without_files += u32::from(files_in(&folder) < all);
             }
             Err(error) => {
                 ensure!(
@@ -348,6 +351,15 @@ fn attach() -> Result<()> {
         "afterwards nothing is recorded"
     );
     Ok(())
+}
+
+/// How many files there are in `folder` and all that are in it; none if it is not there.
+fn files_in(folder: &Path) -> usize {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths
+        .map(|path| if path.is_dir() { files_in(&path) } else { 1 })
+        .sum()
 }
 
 /// The VM is made and runs, or it is refused; the next one is made.
