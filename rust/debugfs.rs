@@ -23,7 +23,6 @@ use kernel::{
         BinaryWriter, //
     },
     fs::file,
-    module::this_module,
     prelude::*,
     sync::Arc,
     types::ForeignOwnable,
@@ -223,12 +222,15 @@ impl<T: Send + Sync + 'static> File<T> {
     }
 }
 
+/// This module. Linux 7.3 has `this_module()` for it, 7.2 has not.
+const THIS_MODULE: *mut bindings::module = &raw mut bindings::__this_module;
+
 /// The file operations of a file that shows a `T`.
 struct Operations<T>(PhantomData<T>);
 
 impl<T> Operations<T> {
     const COMMON: bindings::file_operations = bindings::file_operations {
-        owner: this_module::<crate::LocalModule>().as_ptr(),
+        owner: THIS_MODULE,
         open: Some(bindings::simple_open),
         llseek: Some(bindings::default_llseek),
         ..pin_init::zeroed()

@@ -46,6 +46,7 @@
 //! An open file holds the module; what is merely attached does not, and is detached when the module
 //! is unloaded.
 
+use core::borrow::Borrow;
 use kernel::{
     debugfs::BinaryReader,
     fs::file,
@@ -95,9 +96,10 @@ module! {
             default: 16384,
             description: "Size of a ring, in records, where attach does not say (16384)",
         },
-        overwrite: bool {
-            default: true,
-            description: "Whether full rings overwrite the oldest records, where attach does not say (Y)",
+        // As a number: Linux 7.2 has no other parameters.
+        overwrite: u8 {
+            default: 1,
+            description: "Whether full rings overwrite the oldest records, where attach does not say (1)",
         },
     },
 }
@@ -213,6 +215,11 @@ impl Request {
     }
 }
 
+/// A parameter of the module, of which Linux 7.2 gives a reference, and 7.3 the value.
+fn parameter<T: Copy>(value: impl Borrow<T>) -> T {
+    *value.borrow()
+}
+
 /// The `attach` file.
 struct Attach(Arc<Targets>);
 
@@ -226,10 +233,10 @@ impl BinaryReader for Attach {
         let request = Request::read(reader)?;
         let records = request
             .records
-            .unwrap_or(module_parameters::records.value());
+            .unwrap_or_else(|| parameter::<u64>(module_parameters::records.value()));
         let overwrite = request
             .overwrite
-            .unwrap_or(module_parameters::overwrite.value());
+            .unwrap_or_else(|| parameter::<u8>(module_parameters::overwrite.value()) != 0);
 
         if !records.is_power_of_two() || records > MAX_RECORDS {
             return Err(EINVAL);

@@ -33,7 +33,6 @@ use crate::{
         Registration, //
     },
     record::{
-        self,
         event,
         kind,
         Record, //
@@ -171,13 +170,15 @@ impl MmuNotifier for Recorder {
 
     #[cfg(mmu_notifier_numa_protect)]
     fn numa_protect(&self, hints: &NumaHints) {
+        use crate::record::flag;
+
         let range = hints.range();
         let mut stretches = hints.stretches().peekable();
-        let mut position = record::flag::FIRST;
+        let mut position = flag::FIRST;
 
         while let Some((start, end)) = stretches.next() {
             if stretches.peek().is_none() {
-                position |= record::flag::LAST;
+                position |= flag::LAST;
             }
             self.0.record(Record {
                 start: start as u64,
