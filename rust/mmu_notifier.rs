@@ -194,6 +194,32 @@ impl NumaHints {
 /// Dropping it waits for callbacks that are running. So it must not be dropped in a callback, nor
 /// with a lock held that a callback takes.
 ///
+/// # Examples
+///
+/// Counts the changes to the address space of the running process:
+///
+/// ```
+/// use kernel::sync::atomic::{Atomic, Relaxed};
+///
+/// struct Changes(Atomic<u64>);
+///
+/// #[vtable]
+/// impl MmuNotifier for Changes {
+///     fn invalidate_range_start(&self, _range: &Range) {
+///         self.0.add(1, Relaxed);
+///     }
+/// }
+///
+/// fn watch(mm: &MmWithUser) -> Result<Pin<KBox<Registration<Changes>>>> {
+///     KBox::pin_init(Registration::new(mm, Ok(Changes(Atomic::new(0)))), GFP_KERNEL)
+/// }
+///
+/// let current = current!();
+/// let registration = watch(current.mm().ok_or(EINVAL)?)?;
+/// pr_info!("{} changes so far\n", registration.0.load(Relaxed));
+/// # Ok::<(), Error>(())
+/// ```
+///
 /// # Invariants
 ///
 /// `subscription` is registered, with the callbacks of [`Vtable<T>`], and `data` is initialized and
@@ -501,5 +527,164 @@ pub mod support {
         let pages = unsafe { bindings::si_mem_available() };
 
         u64::try_from(pages).unwrap_or(0) << kernel::page::PAGE_SHIFT
+    }
+}
+
+#[kunit_tests(mmu_notifier)]
+mod tests {
+    use super::*;
+    use core::ptr;
+    use kernel::{
+        current,
+        page::PAGE_SIZE,
+        sync::{
+            aref::ARef,
+            atomic::{
+                Atomic,
+                Relaxed, //
+            },
+            Arc, //
+        },
+    };
+
+    /// What a subscriber heard.
+    struct Heard {
+        starts: Atomic<u64>,
+        ends: Atomic<u64>,
+        releases: Atomic<u64>,
+        /// Of the last start.
+        range: [Atomic<usize>; 2],
+    }
+
+    impl Heard {
+        fn counts(&self) -> [u64; 3] {
+            [&self.starts, &self.ends, &self.releases].map(|count| count.load(Relaxed))
+        }
+    }
+
+    struct Listener(Arc<Heard>);
+
+    type Listening = (Pin<KBox<Registration<Listener>>>, Arc<Heard>);
+
+    #[vtable]
+    impl MmuNotifier for Listener {
+        fn release(&self, _mm: &Mm) {
+            self.0.releases.add(1, Relaxed);
+        }
+
+        fn invalidate_range_start(&self, range: &Range) {
+            self.0.range[0].store(range.start(), Relaxed);
+            self.0.range[1].store(range.end(), Relaxed);
+            self.0.starts.add(1, Relaxed);
+        }
+
+        fn invalidate_range_end(&self, _range: &Range) {
+            self.0.ends.add(1, Relaxed);
+        }
+    }
+
+    /// The address space of the thread that runs a test, which nobody else uses.
+    fn mm() -> Result<ARef<MmWithUser>> {
+        // SAFETY: runs in a thread of KUnit's, as it demands.
+        to_result(unsafe { bindings::kunit_attach_mm() })?;
+        let current = current!();
+        current.mm().map(ARef::from).ok_or(ESRCH)
+    }
+
+    /// A subscription to it, and what comes of it.
+    fn listen(mm: &MmWithUser) -> Result<Listening> {
+        let count = || Atomic::new(0);
+        let heard = Heard {
+            starts: count(),
+            ends: count(),
+            releases: count(),
+            range: [Atomic::new(0), Atomic::new(0)],
+        };
+        let heard = Arc::new(heard, GFP_KERNEL)?;
+        let registration = Registration::new(mm, Ok(Listener(heard.clone())));
+
+        Ok((KBox::pin_init(registration, GFP_KERNEL)?, heard))
+    }
+
+    /// Maps a page and unmaps it, which subscribers hear of; returns its address.
+    fn unmap_page() -> Result<usize> {
+        /// `MAP_PRIVATE | MAP_ANONYMOUS`, which bindgen does not see.
+        const FLAGS: usize = 0x22;
+
+        // SAFETY: a new mapping in an address space that nobody else uses. No file is needed for it.
+        let start = unsafe { bindings::vm_mmap(ptr::null_mut(), 0, PAGE_SIZE, 0, FLAGS, 0) };
+        // SAFETY: nobody refers to the mapping. A `start` that is an error is refused.
+        to_result(unsafe { bindings::vm_munmap(start, PAGE_SIZE) })?;
+        Ok(start)
+    }
+
+    #[test]
+    fn hears_of_a_change() -> Result {
+        let (_registration, heard) = listen(&*mm()?)?;
+        let start = unmap_page()?;
+
+        assert_eq!(heard.counts(), [1, 1, 0]);
+        let range = [&heard.range[0], &heard.range[1]].map(|one| one.load(Relaxed));
+        assert!(range[0] <= start && start + PAGE_SIZE <= range[1]);
+        Ok(())
+    }
+
+    #[test]
+    fn hears_nothing_once_dropped() -> Result {
+        let (registration, heard) = listen(&*mm()?)?;
+
+        drop(registration);
+        assert_eq!(heard.counts(), [0, 0, 1]);
+        unmap_page()?;
+        assert_eq!(heard.counts(), [0, 0, 1]);
+        // And the subscriber is gone.
+        assert!(Arc::into_unique_or_drop(heard).is_some());
+        Ok(())
+    }
+
+    #[test]
+    fn two_hear_the_same() -> Result {
+        let mm = mm()?;
+        let (first, heard_first) = listen(&mm)?;
+        let (_second, heard_second) = listen(&mm)?;
+
+        unmap_page()?;
+        drop(first);
+        unmap_page()?;
+        assert_eq!(heard_first.counts(), [1, 1, 1]);
+        assert_eq!(heard_second.counts(), [2, 2, 0]);
+        Ok(())
+    }
+
+    #[test]
+    fn knows_its_address_space() -> Result {
+        let mm = mm()?;
+        let (registration, _heard) = listen(&mm)?;
+
+        assert!(ptr::eq(registration.mm().as_raw(), mm.as_raw()));
+        Ok(())
+    }
+
+    #[test]
+    fn fails_with_its_data() -> Result {
+        let mm = mm()?;
+        let registration = Registration::<Listener>::new(&mm, Err::<Listener, _>(EDOM));
+
+        assert!(KBox::pin_init(registration, GFP_KERNEL).err() == Some(EDOM));
+        // Nothing is left that would be called.
+        unmap_page()?;
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_null() {
+        let callbacks = Vtable::<Listener>::OPS;
+
+        assert!(callbacks.invalidate_range_start.is_some());
+        assert!(callbacks.clear_flush_young.is_none());
+        assert!(callbacks.clear_young.is_none());
+        assert!(callbacks.test_young.is_none());
+        #[cfg(mmu_notifier_numa_protect)]
+        assert!(callbacks.numa_protect.is_none());
     }
 }
