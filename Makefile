@@ -3,7 +3,7 @@
 # goes to build/, what is fetched to the cache folder ($XDG_CACHE_HOME, ~/.cache).
 #
 # Variables: KSRC=/path a kernel source tree of your own (only read), KDIR=/path a kernel build of your own for
-# `modules`, LLVM=1 for clang, V=1 the whole output, ACCEL=tcg|kvm|auto, TESTS="PROGRAM[,ARG...]", JOBS=N.
+# `modules`, LLVM=1 for clang, V=1 the whole output, ACCEL=tcg|kvm|counted|auto, TESTS="PROGRAM[,ARG...]", JOBS=N.
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
@@ -55,6 +55,11 @@ compare: ## Every design in patches/v7.3/alternatives and numa-protect, the same
 report: selftests ## What make compare measured (DATA=FILE: an earlier run), as build/report/index.html and its figures
 	@scripts/report $(DATA)
 
+bench-recorder: modules selftests ## What it costs to record a callback, in instructions and in time, beside a tracepoint and a kprobe
+	@ACCEL=counted RESULTS=bench.counted scripts/boot patched /bin/bench-recorder,--unit=instructions
+	@RESULTS=bench scripts/boot patched /bin/bench-recorder,--cpus=1,--cpus=2,--cpus=4
+	@cat $(BUILD)/patched/bench.counted/bench-recorder.txt $(BUILD)/patched/bench/bench-recorder.txt
+
 test-arches: ## What the series touches, compiled for other architectures and with options off
 	@scripts/kernel-tree unpatched
 	@scripts/arches
@@ -98,4 +103,4 @@ clean: ## Remove what was built; kernel trees with changes of your own are kept
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot compare report patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot bench-recorder compare report patches-apply patches-export checkpatch clean distclean

@@ -33,12 +33,10 @@ impl Tracepoint {
             && Path::new(INSTANCES).exists()
     }
 
-    /// Counts `event` (`SYSTEM/NAME`) where `filter` holds (Documentation/trace/events.rst), from now on.
+    /// Counts `event` (`SYSTEM/NAME`) where `filter` holds, or everywhere if it is empty (Documentation/trace/events.rst),
+    /// from now on.
     pub fn count(event: &str, filter: &str) -> Result<Tracepoint> {
-        let tracepoint = Tracepoint::new(event, None)?;
-        tracepoint.set(event, "filter", filter)?;
-        tracepoint.set(event, "enable", "1")?;
-        Ok(tracepoint)
+        Tracepoint::new(event, None)?.enable(event, filter)
     }
 
     /// Counts the calls of the kernel's `function` from now on, where `filter` holds of `arguments`; none of both where all
@@ -46,12 +44,15 @@ impl Tracepoint {
     pub fn count_calls(function: &str, arguments: &str, filter: &str) -> Result<Tracepoint> {
         let probe = Probe::new(function, arguments)?;
         let event = probe.0.clone();
-        let tracepoint = Tracepoint::new(&event, Some(probe))?;
+        Tracepoint::new(&event, Some(probe))?.enable(&event, filter)
+    }
+
+    fn enable(self, event: &str, filter: &str) -> Result<Tracepoint> {
         if !filter.is_empty() {
-            tracepoint.set(&event, "filter", filter)?;
+            self.set(event, "filter", filter)?;
         }
-        tracepoint.set(&event, "enable", "1")?;
-        Ok(tracepoint)
+        self.set(event, "enable", "1")?;
+        Ok(self)
     }
 
     fn new(event: &str, probe: Option<Probe>) -> Result<Tracepoint> {

@@ -86,6 +86,8 @@ pub enum Accel {
     Auto,
     /// Emulation
     Tcg,
+    /// Emulation of one processor at a time, with a clock that each instruction moves on by a nanosecond
+    Counted,
     /// Hardware KVM
     Kvm,
 }
@@ -251,10 +253,10 @@ fn print_summary(boot: &Boot, place: &Path, text: &str) {
         count(|o| matches!(o, Outcome::NotOk(_))),
         count(|o| matches!(o, Outcome::Skip(_))),
         boot.seconds,
-        if boot.accel == Accel::Kvm {
-            "hardware KVM"
-        } else {
-            "emulation"
+        match boot.accel {
+            Accel::Kvm => "hardware KVM",
+            Accel::Counted => "emulation, instructions counted",
+            Accel::Auto | Accel::Tcg => "emulation",
         },
         place.display()
     );
@@ -411,7 +413,12 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
     let mut command = Command::new(&options.qemu);
     match accel {
         Accel::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
-        _ => command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"]),
+        Accel::Counted => command
+            .args(["-accel", "tcg,thread=single", "-icount", "shift=0"])
+            .args(["-cpu", "max,+svm,+npt"]),
+        Accel::Auto | Accel::Tcg => {
+            command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"])
+        }
     };
     let node = options.memory / 2;
     // Nodes need sockets, else the kernel warns of the topology.
