@@ -40,8 +40,10 @@ struct Spec {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Mutant {
-    /// The value of `numa_mutant=` on the kernel's command line.
+    /// The value of `numa_mutant=` on the kernel's command line, unless it is the recorder that is broken.
     name: String,
+    /// The number that the recorder has for it.
+    recorder: Option<u8>,
     /// What it breaks.
     breaks: String,
     #[serde(flatten)]
@@ -120,10 +122,16 @@ fn run(options: &Options, mutant: &Mutant) -> Result<Verdict> {
     boot::boot(&boot::Options {
         name: mutant.name.clone(),
         results: results.clone(),
-        append: format!(
-            "{} {} numa_mutant={}",
-            options.boot.append, mutant.expected.append, mutant.name
-        ),
+        append: [
+            &options.boot.append,
+            &mutant.expected.append,
+            &match mutant.recorder {
+                Some(number) => format!("mmu_notifier_trace.mutant={number}"),
+                None => format!("numa_mutant={}", mutant.name),
+            },
+        ]
+        .map(|one| &one[..])
+        .join(" "),
         programs: mutant.expected.tests.clone(),
         ..options.boot.clone()
     })?;

@@ -117,15 +117,32 @@ fn say(marker: &Marker) {
     let _ = write!(io::stdout(), "\n{marker}\n").and_then(|()| io::stdout().flush());
 }
 
+/// What the kernel's command line says of the module's parameters, as modprobe takes it from there.
+fn parameters() -> Result<CString> {
+    let text = fs::read_to_string("/proc/cmdline")?;
+    let prefix = format!("{MODULE}.");
+    let ours = text
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix(&prefix[..]));
+    Ok(CString::new(ours.collect::<Vec<_>>().join(" "))?)
+}
+
 /// Whether there was a module to load.
 fn load_module() -> Result<bool> {
     let file = match File::open(format!("/{MODULE}.ko")) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         file => file?,
     };
-    // SAFETY: the descriptor is open, the parameter string is empty and static.
-    let status =
-        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    let parameters = parameters()?;
+    // SAFETY: the descriptor is open, and the parameters are a string.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            parameters.as_ptr(),
+            0,
+        )
+    };
     if status != 0 {
         return Err(io::Error::last_os_error().into());
     }

@@ -6,6 +6,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{bail, ensure, Context, Result};
+use guest::balancing;
 use guest::pages::Pages;
 use trace::client::{Client, ROOT};
 use trace::record::{self, flag, kind, Record};
@@ -165,6 +166,32 @@ pub fn marker() -> Result<()> {
         .filter(|line| line.ends_with(": marker: half-time"));
     ensure!(lines.count() == 1, "{trace}");
     refused(&client, "marker", &[b'x'; 1025], libc::E2BIG)
+}
+
+/// The trace shows what was recorded on different CPUs in the order of time.
+pub fn trace_of_all_cpus() -> Result<()> {
+    let client = Client::attach_self(1024)?;
+    let cpus = balancing::online_cpus()?;
+    let markers = ["first", "second", "third", "fourth"];
+    for (text, cpu) in markers
+        .into_iter()
+        .zip(cpus.iter().copied().take(2).cycle())
+    {
+        let path = client.path("marker");
+        let writer = std::thread::spawn(move || -> Result<()> {
+            balancing::set_affinity(&[cpu])?;
+            Ok(write_once(path, text)?)
+        });
+        writer
+            .join()
+            .unwrap_or_else(|_| bail!("the writer panicked"))?;
+    }
+    let trace = fs::read_to_string(client.path("trace"))?;
+    let shown = trace
+        .lines()
+        .filter_map(|line| Some(line.split_once(": marker: ")?.1));
+    ensure!(shown.eq(markers), "{trace}");
+    Ok(())
 }
 
 /// However a file is read, it says the same.

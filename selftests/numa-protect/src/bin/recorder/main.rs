@@ -35,6 +35,9 @@ struct Args {
     /// Folder for results; this program leaves none.
     #[arg(long, default_value = ".")]
     results: PathBuf,
+    /// Only the tests with this in their name.
+    #[arg(long, default_value = "")]
+    only: String,
     /// The module, for the tests that load it.
     #[arg(long, default_value = "/mmu_notifier_trace.ko")]
     module: PathBuf,
@@ -85,6 +88,7 @@ const TESTS: &[(&str, Test)] = &[
     ("files.enabled", |_| files::enabled()),
     ("files.filter", |_| files::filter()),
     ("files.marker", |_| files::marker()),
+    ("files.trace_of_all_cpus", |_| files::trace_of_all_cpus()),
     ("files.reading", |_| files::reading()),
     ("records.known_sequence", |_| records::known_sequence()),
     ("records.overwritten", |_| on_cpu(1, records::overwritten)),
@@ -135,11 +139,19 @@ fn main() -> ExitCode {
         }
         None => {}
     }
-    let mut ktap = Ktap::start(TESTS.len());
+    let chosen: Vec<_> = TESTS
+        .iter()
+        .map(|(name, test)| (format!("recorder.{name}"), test))
+        .filter(|(name, _)| name.contains(&args.only))
+        .collect();
+    if chosen.is_empty() {
+        eprintln!("--only {}: no such test", args.only);
+        return ExitCode::FAILURE;
+    }
+    let mut ktap = Ktap::start(chosen.len());
     let no_scans = needs::missing([&needs::TWO_NODES, &needs::NUMA_BALANCING]);
     let no_guest = needs::missing([&needs::KVM, &needs::KPROBE_EVENTS]);
-    for (name, test) in TESTS {
-        let name = format!("recorder.{name}");
+    for (name, test) in chosen {
         let outcome = match () {
             () if !is_loaded() => {
                 Outcome::Skip(format!("{MODULE} not loaded (CONFIG_RUST, insmod)"))
