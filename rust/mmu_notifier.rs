@@ -199,6 +199,7 @@ impl NumaHints {
 /// Counts the changes to the address space of the running process:
 ///
 /// ```
+/// # use kernel::{current, mm::{mmu_notifier::{MmuNotifier, Range, Registration}, MmWithUser}};
 /// use kernel::sync::atomic::{Atomic, Relaxed};
 ///
 /// struct Changes(Atomic<u64>);
@@ -214,9 +215,11 @@ impl NumaHints {
 ///     KBox::pin_init(Registration::new(mm, Ok(Changes(Atomic::new(0)))), GFP_KERNEL)
 /// }
 ///
-/// let current = current!();
-/// let registration = watch(current.mm().ok_or(EINVAL)?)?;
-/// pr_info!("{} changes so far\n", registration.0.load(Relaxed));
+/// // None in a kernel thread.
+/// if let Some(mm) = current!().mm() {
+///     let registration = watch(mm)?;
+///     pr_info!("{} changes so far\n", registration.0.load(Relaxed));
+/// }
 /// # Ok::<(), Error>(())
 /// ```
 ///
@@ -584,11 +587,33 @@ mod tests {
     }
 
     /// The address space of the thread that runs a test, which nobody else uses.
-    fn mm() -> Result<ARef<MmWithUser>> {
-        // SAFETY: runs in a thread of KUnit's, as it demands.
-        to_result(unsafe { bindings::kunit_attach_mm() })?;
-        let current = current!();
-        current.mm().map(ARef::from).ok_or(ESRCH)
+    struct Attached(ARef<MmWithUser>);
+
+    impl Attached {
+        fn new() -> Result<Self> {
+            // SAFETY: runs in a thread of KUnit's, as it demands.
+            to_result(unsafe { bindings::kunit_attach_mm() })?;
+            let current = current!();
+            current.mm().map(|mm| Self(ARef::from(mm))).ok_or(ESRCH)
+        }
+    }
+
+    impl Deref for Attached {
+        type Target = MmWithUser;
+
+        fn deref(&self) -> &MmWithUser {
+            &self.0
+        }
+    }
+
+    impl Drop for Attached {
+        fn drop(&mut self) {
+            // SAFETY: `kunit_attach_mm()` made this thread use it. What it leaves to the end of the
+            // thread does not give it back.
+            unsafe { bindings::kthread_unuse_mm(self.0.as_raw()) };
+            // SAFETY: the reference with which it was made; this has another one.
+            unsafe { bindings::mmput(self.0.as_raw()) };
+        }
     }
 
     /// A subscription to it, and what comes of it.
@@ -608,7 +633,7 @@ mod tests {
 
     /// Maps a page and unmaps it, which subscribers hear of; returns its address.
     fn unmap_page() -> Result<usize> {
-        /// `MAP_PRIVATE | MAP_ANONYMOUS`, which bindgen does not see.
+        /// `MAP_PRIVATE | MAP_ANONYMOUS` on most architectures; bindgen does not see them.
         const FLAGS: usize = 0x22;
 
         // SAFETY: a new mapping in an address space that nobody else uses. No file is needed for it.
@@ -620,7 +645,8 @@ mod tests {
 
     #[test]
     fn hears_of_a_change() -> Result {
-        let (_registration, heard) = listen(&*mm()?)?;
+        let mm = Attached::new()?;
+        let (_registration, heard) = listen(&mm)?;
         let start = unmap_page()?;
 
         assert_eq!(heard.counts(), [1, 1, 0]);
@@ -631,7 +657,8 @@ mod tests {
 
     #[test]
     fn hears_nothing_once_dropped() -> Result {
-        let (registration, heard) = listen(&*mm()?)?;
+        let mm = Attached::new()?;
+        let (registration, heard) = listen(&mm)?;
 
         drop(registration);
         assert_eq!(heard.counts(), [0, 0, 1]);
@@ -644,7 +671,7 @@ mod tests {
 
     #[test]
     fn two_hear_the_same() -> Result {
-        let mm = mm()?;
+        let mm = Attached::new()?;
         let (first, heard_first) = listen(&mm)?;
         let (_second, heard_second) = listen(&mm)?;
 
@@ -658,7 +685,7 @@ mod tests {
 
     #[test]
     fn knows_its_address_space() -> Result {
-        let mm = mm()?;
+        let mm = Attached::new()?;
         let (registration, _heard) = listen(&mm)?;
 
         assert!(ptr::eq(registration.mm().as_raw(), mm.as_raw()));
@@ -667,7 +694,7 @@ mod tests {
 
     #[test]
     fn fails_with_its_data() -> Result {
-        let mm = mm()?;
+        let mm = Attached::new()?;
         let registration = Registration::<Listener>::new(&mm, Err::<Listener, _>(EDOM));
 
         assert!(KBox::pin_init(registration, GFP_KERNEL).err() == Some(EDOM));

@@ -284,6 +284,9 @@ struct MmuNotifierTrace {
 impl kernel::InPlaceModule for MmuNotifierTrace {
     fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(|| {
+            if parameter::<u8>(module_parameters::overwrite.value()) > 1 {
+                return Err(EINVAL);
+            }
             let dir = Dir::new(c"mmu_notifier_trace")?;
             let targets_dir = dir.clone();
             let targets = Arc::pin_init(

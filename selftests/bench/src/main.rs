@@ -114,6 +114,8 @@ struct Way {
     events: u64,
 }
 
+/// What the recorder asks for the time of each record.
+const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 const NOBODY: &str = "nobody";
 const KVM: &str = "KVM alone";
 const fn way(name: &'static str, base: &'static str, seen: Seen, events: u64) -> Way {
@@ -237,7 +239,12 @@ fn run(args: &Args) -> Result<()> {
             table(unit, rounds)
         );
     }
-    text += &format!("A record takes {} bytes.\n", record::SIZE);
+    let clock = fs::read_to_string(CLOCK).context(CLOCK)?;
+    text += &format!(
+        "A record takes {} bytes. The clock is {}.\n",
+        record::SIZE,
+        clock.trim()
+    );
     let path = args.results.join("bench-recorder.txt");
     fs::write(&path, text).with_context(|| path.display().to_string())
 }
@@ -274,11 +281,12 @@ enum Observer {
 /// A process that does nothing, and is recorded.
 struct Other {
     child: Child,
-    _client: Client,
+    client: Option<Client>,
 }
 
 impl Drop for Other {
     fn drop(&mut self) {
+        drop(self.client.take());
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -298,12 +306,12 @@ impl Observer {
             Seen::Elsewhere => {
                 let mut command = Command::new(std::env::current_exe()?);
                 let child = command.arg("--sleep").stdin(Stdio::null()).spawn()?;
-                let client = Client::attach(child.id(), "16384")?;
-                let _other = Other {
+                let mut other = Other {
                     child,
-                    _client: client,
+                    client: None,
                 };
-                Observer::Elsewhere { _other }
+                other.client = Some(Client::attach(other.child.id(), "16384")?);
+                Observer::Elsewhere { _other: other }
             }
             Seen::Tracepoint(event) => Observer::Tracepoints(vec![Tracepoint::count(event, "")?]),
             Seen::Kprobes(functions) => {

@@ -5,12 +5,13 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::path::Path;
 
 use anyhow::{ensure, Result};
 
-use crate::PAGE;
+use crate::{balancing, needs, PAGE};
 
-/// Memory that nobody else changes.
+/// Memory that nobody else changes, not even a NUMA scan.
 pub struct Pages {
     start: *mut u8,
     length: usize,
@@ -40,6 +41,9 @@ impl Pages {
             start: start.cast(),
             length,
         };
+        if Path::new(needs::NUMA_BALANCING.path).exists() {
+            balancing::forbid_scans_of(pages.addresses())?;
+        }
         for page in 0..count {
             // SAFETY: within the mapping, which is writable.
             unsafe { pages.start.add(page * PAGE).write_volatile(1) };
@@ -65,6 +69,8 @@ impl Pages {
 
     /// What discards page `index` many times.
     pub fn discarder(&self, index: usize) -> Result<Discarder<'_>> {
+        let count = self.length / PAGE;
+        ensure!(index < count, "page {index} of {count}");
         // SAFETY: only makes a descriptor.
         let process = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
         ensure!(process >= 0, "pidfd_open: {}", io::Error::last_os_error());
@@ -107,7 +113,7 @@ impl Discarder<'_> {
 
     /// process_madvise(), MADV_DONTNEED.
     pub fn discard(&self) -> Result<()> {
-        // SAFETY: the descriptor and the ranges are valid, and nobody looks into the page.
+        // SAFETY: the descriptor is valid, and the ranges are a page of `Pages`, into which nobody looks.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_process_madvise,

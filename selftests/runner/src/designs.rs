@@ -592,8 +592,11 @@ fn run(options: &Options, one: &Boot) -> Result<Kept> {
     };
     let (boot, mut kept) = measure()?;
     // A machine that is busy for a moment is no finding about the kernel, and hours of other boots wait for this one.
-    if let (None, Some(missing)) = (&boot.failure, &kept.failure) {
-        eprintln!("==> once more: {missing}");
+    if boot.failure.is_none() && kept.failure.is_some() {
+        eprintln!(
+            "==> once more, as not all was measured: {}, {}",
+            one.design.name, one.name
+        );
         kept = measure()?.1;
     }
     fs::create_dir_all(&results)?;

@@ -117,9 +117,17 @@ impl Client {
     /// Adds to `records` all that has been recorded since the last call, and keeps them in the order of time. Those that are
     /// missing are there as [`kind::OVERWRITTEN`].
     pub fn read_new(&mut self, records: &mut Vec<Record>) -> io::Result<()> {
+        self.read_at_most(u64::MAX, records)
+    }
+
+    /// The same, but of each CPU so many records at the most.
+    pub fn read_at_most(&mut self, most: u64, records: &mut Vec<Record>) -> io::Result<()> {
         let old = records.len();
         for cpu in 0..self.cpus.len() {
-            self.read_cpu(cpu, records)?;
+            // Not what comes while this reads: writers may be faster.
+            let recorded = stats(&self.per_cpu(cpu).join("stats"))?.recorded;
+            let end = recorded.min(self.cpus[cpu].next.saturating_add(most));
+            self.read_cpu(cpu, end, records)?;
         }
         // A writer may have been interrupted between taking the time and storing the record.
         let oldest = records[old..].iter().map(|record| record.time_ns).min();
@@ -129,12 +137,15 @@ impl Client {
         Ok(())
     }
 
-    fn read_cpu(&mut self, cpu: usize, records: &mut Vec<Record>) -> io::Result<()> {
+    fn read_cpu(&mut self, cpu: usize, end: u64, records: &mut Vec<Record>) -> io::Result<()> {
         let path = self.per_cpu(cpu).join("records");
         let cpu = &mut self.cpus[cpu];
         let mut bytes = vec![0; BATCH * SIZE];
         loop {
-            let read = cpu.file.read_at(&mut bytes, cpu.next * SIZE as u64)?;
+            let room = end.saturating_sub(cpu.next).min(BATCH as u64) as usize * SIZE;
+            let read = cpu
+                .file
+                .read_at(&mut bytes[..room], cpu.next * SIZE as u64)?;
             let whole = bytes[..read].chunks_exact(SIZE);
             if !whole.remainder().is_empty() {
                 let problem = format!("{}: half a record at {}", path.display(), cpu.next);
@@ -173,22 +184,7 @@ impl Client {
 
     /// The recorder's counts.
     pub fn stats(&self) -> io::Result<Stats> {
-        let path = self.folder.join("stats");
-        let text = named(&path, |path| fs::read_to_string(path))?;
-        let field = |name: &str| {
-            text.lines()
-                .filter_map(|line| line.split_once(' '))
-                .find(|(key, _)| *key == name)
-                .and_then(|(_, value)| value.trim().parse().ok())
-                .ok_or_else(|| io::Error::other(format!("{}: no {name}", path.display())))
-        };
-        Ok(Stats {
-            recorded: field("recorded")?,
-            overwritten: field("overwritten")?,
-            dropped: field("dropped")?,
-            lost: field("lost")?,
-            size: field("size")?,
-        })
+        stats(&self.folder.join("stats"))
     }
 
     /// Copies the readable trace to the file `to`.
@@ -204,6 +200,25 @@ impl Drop for Client {
     fn drop(&mut self) {
         let _ = detach(&self.name);
     }
+}
+
+/// What a file `stats` says.
+fn stats(path: &Path) -> io::Result<Stats> {
+    let text = named(path, |path| fs::read_to_string(path))?;
+    let field = |name: &str| {
+        text.lines()
+            .filter_map(|line| line.split_once(' '))
+            .find(|(key, _)| *key == name)
+            .and_then(|(_, value)| value.trim().parse().ok())
+            .ok_or_else(|| io::Error::other(format!("{}: no {name}", path.display())))
+    };
+    Ok(Stats {
+        recorded: field("recorded")?,
+        overwritten: field("overwritten")?,
+        dropped: field("dropped")?,
+        lost: field("lost")?,
+        size: field("size")?,
+    })
 }
 
 fn detach(name: &str) -> io::Result<()> {

@@ -16,6 +16,8 @@ use crate::write_once;
 
 /// Room for records of each CPU, which goes round many times.
 const SIZE: u64 = 1 << 14;
+/// What a reader takes of each CPU at once, in records: he may never catch up.
+const AT_ONCE: u64 = 1 << 16;
 /// How often a reader comes by, and gives a sign of life.
 const READ_EVERY: Duration = Duration::from_millis(200);
 const TELL_EVERY: Duration = Duration::from_secs(10);
@@ -60,7 +62,7 @@ pub fn every_cpu_at_once(seconds: u64) -> Result<()> {
         Ok(discarded?.into_iter().sum())
     })?;
     let took = begun.elapsed().as_secs_f64();
-    read(&mut client, &mut seen)?;
+    while read(&mut client, &mut seen)? {}
 
     let stats = client.stats()?;
     let recorded = stats.recorded - before.len() as u64;
@@ -147,9 +149,10 @@ impl Seen {
     }
 }
 
-fn read(client: &mut Client, seen: &mut [Seen]) -> Result<()> {
+/// Reads a part of what is there; whether that was anything.
+fn read(client: &mut Client, seen: &mut [Seen]) -> Result<bool> {
     let mut records = Vec::new();
-    client.read_new(&mut records)?;
+    client.read_at_most(AT_ONCE, &mut records)?;
     records.sort_by_key(|record| (record.cpu, record.seq));
     for record in &records {
         match seen.get_mut(record.cpu as usize) {
@@ -157,7 +160,7 @@ fn read(client: &mut Client, seen: &mut [Seen]) -> Result<()> {
             None => bail!("a record of CPU {}", record.cpu),
         }
     }
-    Ok(())
+    Ok(!records.is_empty())
 }
 
 fn read_beside(

@@ -59,7 +59,7 @@ struct Args {
     /// Attach to oneself.
     #[arg(long, hide = true)]
     attach_self: bool,
-    /// Have memory that scans find worth their while, until the end of standard input.
+    /// Have memory that is scanned, until the end of standard input.
     #[arg(long, hide = true)]
     scanned: bool,
     /// Be a virtual machine for a moment.

@@ -198,7 +198,7 @@ pub fn after_exec() -> Result<()> {
 }
 
 /// Until it is one: a process gives up its memory first.
-pub fn wait_for_zombie(pid: &str) -> Result<()> {
+fn wait_for_zombie(pid: &str) -> Result<()> {
     let stat = || fs::read_to_string(format!("/proc/{pid}/stat"));
     let begun = Instant::now();
     while !stat()?.contains(") Z ") {

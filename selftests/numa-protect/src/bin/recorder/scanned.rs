@@ -12,23 +12,24 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use guest::balancing::{self, Settings};
+use guest::ktap::diagnostic;
 use guest::PAGE;
 use trace::client::{Client, ROOT};
 use trace::record::{event, kind};
 
 use crate::module::{load, not_unloaded, unload};
-use crate::records::wait_for_zombie;
 use crate::{child_with, end, write_once, Args};
 
-/// Its memory, in bytes, and its threads, with only one of which a scan would leave alone what is on their node.
-const MEMORY: usize = 16 << 20;
+/// Its memory, in bytes, which a scan needs some milliseconds for, and its threads, each of which may be the one that scans.
+const MEMORY: usize = 64 << 20;
 const THREADS: usize = 2;
-/// How often each is tried: what is to be met is short.
+/// How often each is tried, and how many scans a process gets over in which it was not seen in time.
 const ROUNDS: usize = 5;
+const SCANS: usize = 50;
 /// The longest that a scan may take to come.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Is scanned, as all threads touch all memory, which the first does for the other.
+/// Is scanned, as its threads use CPU time in user mode.
 pub fn be_scanned() -> Result<()> {
     let memory: &[AtomicU8] = Vec::leak((0..MEMORY).map(|_| AtomicU8::new(1)).collect());
     for _ in 0..THREADS {
@@ -53,30 +54,40 @@ fn scanned() -> Result<(Child, Settings)> {
 
 /// A scan is recorded whole, also that of a process that is killed meanwhile, and its release comes last.
 pub fn killed() -> Result<()> {
-    for round in 1..=ROUNDS {
+    let mut in_scan = 0;
+    for _ in 0..ROUNDS {
         let (mut target, _settings) = scanned()?;
         let mut client = Client::attach(target.id(), "65536")?;
         let mut records = Vec::new();
         let begun = Instant::now();
-        // Not where one has just ended: where another one may be.
-        let scans = |records: &[trace::record::Record]| {
-            let start = (kind::INVALIDATE_RANGE_START, event::PROTECTION_VMA);
-            let scans = records.iter().filter(|one| (one.kind, one.event) == start);
-            scans.count()
-        };
-        while scans(&records) <= round {
+        let open = loop {
             ensure!(begun.elapsed() < LIMIT, "no scan in {LIMIT:?}");
             client.read_new(&mut records)?;
-        }
+            let of_scans = |kind| {
+                let of = (kind, event::PROTECTION_VMA);
+                let all = records.iter().filter(|one| (one.kind, one.event) == of);
+                all.count()
+            };
+            let starts = of_scans(kind::INVALIDATE_RANGE_START);
+            let open = starts > of_scans(kind::INVALIDATE_RANGE_END);
+            if open || starts > SCANS {
+                break open;
+            }
+        };
         target.kill()?;
-        wait_for_zombie(&target.id().to_string())?;
-        let sequence = client.settle(records, Duration::ZERO)?;
+        in_scan += usize::from(open);
+        // Until all its threads are gone.
         target.wait()?;
+        let sequence = client.settle(records, Duration::ZERO)?;
         let last = sequence.records.last().context("nothing recorded")?;
         ensure!(last.kind == kind::RELEASE, "the last record is {last:?}");
         let open = sequence.pairs.iter().find(|pair| pair.end.is_none());
         ensure!(open.is_none(), "it never ended: {open:?}");
     }
+    diagnostic(&format!(
+        "recorder.records.killed_in_scan: a scan had begun in {in_scan} of {ROUNDS} rounds"
+    ));
+    ensure!(in_scan > 0, "no scan was seen before its end");
     Ok(())
 }
 
