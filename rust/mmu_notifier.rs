@@ -99,38 +99,45 @@ impl Range {
     /// # Safety
     ///
     /// `range` must be valid, and not written to, for `'a`.
+    #[inline]
     unsafe fn from_raw<'a>(range: *const bindings::mmu_notifier_range) -> &'a Self {
         // INVARIANT: the caller promises it.
         // SAFETY: the caller promises that it is valid. Layouts agree due to `repr(transparent)`.
         unsafe { &*range.cast() }
     }
 
+    #[inline]
     fn raw(&self) -> &bindings::mmu_notifier_range {
         // SAFETY: valid as `self` is, and not written to by the type invariant.
         unsafe { &*self.0.get() }
     }
 
     /// First address.
+    #[inline]
     pub fn start(&self) -> usize {
         self.raw().start
     }
 
     /// First address after the range.
+    #[inline]
     pub fn end(&self) -> usize {
         self.raw().end
     }
 
     /// Why: a value of `enum mmu_notifier_event`.
+    #[inline]
     pub fn event(&self) -> u32 {
         self.raw().event
     }
 
     /// How: `MMU_NOTIFIER_RANGE_*` bits.
+    #[inline]
     pub fn flags(&self) -> u32 {
         self.raw().flags
     }
 
     /// Whether the callback may sleep.
+    #[inline]
     pub fn is_blockable(&self) -> bool {
         self.flags() & bindings::MMU_NOTIFIER_RANGE_BLOCKABLE != 0
     }
@@ -150,24 +157,28 @@ impl NumaHints {
     /// # Safety
     ///
     /// `hints` and the range it points to must be valid, and not written to, for `'a`.
+    #[inline]
     unsafe fn from_raw<'a>(hints: *const bindings::mmu_notifier_numa_hints) -> &'a Self {
         // INVARIANT: the caller promises it.
         // SAFETY: the caller promises that it is valid. Layouts agree due to `repr(transparent)`.
         unsafe { &*hints.cast() }
     }
 
+    #[inline]
     fn raw(&self) -> &bindings::mmu_notifier_numa_hints {
         // SAFETY: valid as `self` is, and not written to by the type invariant.
         unsafe { &*self.0.get() }
     }
 
     /// The range that the scan announced.
+    #[inline]
     pub fn range(&self) -> &Range {
         // SAFETY: by the type invariant, valid as long as `self` is.
         unsafe { Range::from_raw(self.raw().range) }
     }
 
     /// Number of entries, in base pages, that this scan made `PROT_NONE`.
+    #[inline]
     pub fn nr_pages(&self) -> usize {
         self.raw().nr_pages
     }
@@ -273,6 +284,7 @@ impl<T: MmuNotifier> Registration<T> {
     }
 
     /// The address space, which may have lost its last user since.
+    #[inline]
     pub fn mm(&self) -> &Mm {
         // SAFETY: by the type invariant it is registered. Then the field is set, does not change,
         // and holds a reference on the `mm_struct`.
@@ -283,6 +295,7 @@ impl<T: MmuNotifier> Registration<T> {
 impl<T: MmuNotifier> Deref for Registration<T> {
     type Target = T;
 
+    #[inline]
     fn deref(&self) -> &T {
         &self.data
     }
