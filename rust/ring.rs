@@ -725,6 +725,13 @@ mod ring_tests {
         hammer(1024, 4, 50_000);
     }
 
+    /// More than a million a second, for about a minute.
+    #[test]
+    #[ignore = "takes a minute"]
+    fn sixty_million_entries() {
+        hammer(1 << 14, 4, 15_000_000);
+    }
+
     #[test]
     fn concurrent_writers_with_no_room() {
         hammer(1, 4, 50_000);

@@ -17,7 +17,7 @@ use crate::write_once;
 /// Room for records of each CPU, which goes round many times.
 const SIZE: u64 = 1 << 14;
 /// What a reader takes of each CPU at once, in records: he may never catch up.
-const AT_ONCE: u64 = 1 << 16;
+const AT_ONCE: u64 = 1 << 12;
 /// How often a reader comes by, and gives a sign of life.
 const READ_EVERY: Duration = Duration::from_millis(200);
 const TELL_EVERY: Duration = Duration::from_secs(10);

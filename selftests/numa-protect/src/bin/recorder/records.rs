@@ -133,17 +133,35 @@ pub fn dropped() -> Result<()> {
     Ok(())
 }
 
-/// What a child does to its own address space is not recorded.
+/// What a child does to its own address space, a copy of what is recorded, is not.
 pub fn not_of_children() -> Result<()> {
+    let pages = Pages::new(4)?;
     let mut client = Client::attach_self(1024)?;
-    let child = child()?;
-    let pid = child.id();
-    end(child)?;
+    // SAFETY: this process has no other thread; the child protects its own copy of the pages, and exits.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let protected = pages.protect(libc::PROT_READ);
+        // SAFETY: ends the child, of whom nothing is left to be done.
+        unsafe { libc::_exit(i32::from(protected.is_err())) };
+    }
+    ensure!(child > 0, "fork: {}", std::io::Error::last_os_error());
+    let mut status = 0;
+    // SAFETY: waits for the child above.
+    unsafe { libc::waitpid(child, &mut status, 0) };
+    ensure!(status == 0, "the child ends with {status}");
     let mut records = Vec::new();
     client.read_new(&mut records)?;
-    let foreign: Vec<&Record> = records.iter().filter(|one| one.tid == pid).collect();
+    let foreign: Vec<&Record> = records
+        .iter()
+        .filter(|one| one.tid == child as u32)
+        .collect();
     ensure!(foreign.is_empty(), "of the child: {foreign:?}");
     ensure!(!records.is_empty(), "fork() itself was not recorded");
+    pages.protect(libc::PROT_READ)?;
+    records.clear();
+    client.read_new(&mut records)?;
+    let seen = seen_in(&pages, &records);
+    ensure!(seen.len() == 2, "of the same in this process: {seen:?}");
     Ok(())
 }
 
