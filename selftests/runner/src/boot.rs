@@ -474,7 +474,10 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
         .arg(&options.initrd);
     command.args([
         "-append",
-        &format!("console=ttyS0 panic=-1 {} -- {arguments}", options.append),
+        &format!(
+            "console=ttyS0 panic=-1 {} -- --run {arguments}",
+            options.append
+        ),
     ]);
     command.args([
         "-nodefaults",

@@ -2,8 +2,9 @@
 //! PID 1 of the test guest: mounts the file systems, loads the recorder, runs the test programs one after the
 //! other, powers off. Touches the guest only; the results leave it through the 9p share `results`.
 //!
-//! Arguments (after `--` on the kernel's command line): names of programs in /tests, or paths of others, each with its own
-//! arguments after commas (`NAME,--arg,value`); none means all those in /tests. `--trial` only says that user space was reached.
+//! Arguments (after `-- --run` on the kernel's command line): names of programs in /tests, or paths of others, each with its
+//! own arguments after commas (`NAME,--arg,value`); none means all those in /tests. `--trial` only says that user space was
+//! reached. What comes before `--run` are parameters that the kernel does not know.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -25,7 +26,10 @@ const LEAKS: &str = "/sys/kernel/debug/kmemleak";
 const LEAK_AGE: Duration = Duration::from_secs(6);
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let run_at = std::env::args().position(|argument| argument == "--run");
+    let arguments: Vec<String> = std::env::args()
+        .skip(run_at.map_or(usize::MAX, |at| at + 1))
+        .collect();
     if std::process::id() != 1 {
         eprintln!("init: this is the first program of a test guest; scripts/boot starts it");
         std::process::exit(1);
