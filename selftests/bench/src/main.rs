@@ -216,7 +216,7 @@ fn run(args: &Args) -> Result<()> {
     for round in 1..=args.rounds {
         for ((work, cpus), rounds) in loads.iter().zip(&mut measured) {
             diagnostic(&format!(
-                "round {round} of {}: {}, {cpus} CPUs",
+                "round {round} of {}: {} on {cpus} of the CPUs",
                 args.rounds,
                 work.name()
             ));
@@ -233,7 +233,7 @@ fn run(args: &Args) -> Result<()> {
     let mut text = String::new();
     for ((work, cpus), rounds) in loads.iter().zip(&measured) {
         text += &format!(
-            "{}, {cpus} CPUs, mean and standard deviation of {} rounds\n\n{}\n\n",
+            "{} on {cpus} of the CPUs, mean and standard deviation of {} rounds\n\n{}\n\n",
             work.name(),
             args.rounds,
             table(unit, rounds)
