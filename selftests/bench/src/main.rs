@@ -33,7 +33,7 @@ struct Args {
     /// How often each is measured.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// How often a page is changed in a measurement, on each CPU, in steps of 512.
+    /// How often pages are changed in a measurement, on all CPUs together, in steps of 512.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// On how many CPUs at once (more than once).
@@ -148,7 +148,7 @@ const WAYS: &[Way] = &[
     way(
         "recorder, filtered out",
         KVM,
-        Seen::Recorded("64", Some(("filter", "numa"))),
+        Seen::Recorded("64", Some(("filter", "callback=test_young"))),
         0,
     ),
     way(
@@ -220,9 +220,11 @@ fn run(args: &Args) -> Result<()> {
                 args.rounds,
                 work.name()
             ));
-            let ways = WAYS
-                .iter()
-                .map(|way| measure_in_child(way, *work, *cpus, args.steps));
+            let steps = (args.steps / *cpus as u32).max(1);
+            let ways = WAYS.iter().map(|way| {
+                diagnostic(way.name);
+                measure_in_child(way, *work, *cpus, steps)
+            });
             rounds.push(ways.collect::<Result<_>>()?);
         }
     }
@@ -249,7 +251,7 @@ fn run(args: &Args) -> Result<()> {
     fs::write(&path, text).with_context(|| path.display().to_string())
 }
 
-/// Nanoseconds for each time that a page is changed.
+/// Nanoseconds for each time that a CPU changes its page, which it does in so many steps.
 fn measure_in_child(way: &Way, work: Work, cpus: usize, steps: u32) -> Result<f64> {
     let output = Command::new(std::env::current_exe()?)
         .args(["--way", way.name, "--work", work.name()])
