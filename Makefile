@@ -57,7 +57,7 @@ report: selftests ## What make compare measured (DATA=FILE: an earlier run), as 
 
 bench-recorder: modules selftests ## What it costs to record a callback, in instructions and in time, beside a tracepoint and a kprobe
 	@ACCEL=counted RESULTS=bench.counted APPEND=tsc=reliable scripts/boot patched /bin/bench-recorder,--unit=instructions
-	@RESULTS=bench APPEND=tsc=reliable scripts/boot patched /bin/bench-recorder,--cpus=1,--cpus=2,--cpus=4
+	@RESULTS=bench APPEND=tsc=reliable scripts/boot patched /bin/bench-recorder,--cpus=1,--cpus=2,--cpus=4,--steps=4
 	@cat $(BUILD)/patched/bench.counted/bench-recorder.txt $(BUILD)/patched/bench/bench-recorder.txt
 
 test-arches: ## What the series touches, compiled for other architectures and with options off
