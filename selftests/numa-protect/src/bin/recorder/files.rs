@@ -12,7 +12,7 @@ use trace::client::{Client, ROOT};
 use trace::record::{self, flag, kind, Record};
 
 use crate::records::seen_in;
-use crate::{child, end, write_once};
+use crate::{child, end, on_cpu, write_once};
 
 /// Writing to a file of the target fails with `errno`.
 fn refused(client: &Client, file: &str, text: &[u8], errno: i32) -> Result<()> {
@@ -177,14 +177,7 @@ pub fn trace_of_all_cpus() -> Result<()> {
         .into_iter()
         .zip(cpus.iter().copied().take(2).cycle())
     {
-        let path = client.path("marker");
-        let writer = std::thread::spawn(move || -> Result<()> {
-            balancing::set_affinity(&[cpu])?;
-            Ok(write_once(path, text)?)
-        });
-        writer
-            .join()
-            .unwrap_or_else(|_| bail!("the writer panicked"))?;
+        on_cpu(cpu, || Ok(write_once(client.path("marker"), text)?))?;
     }
     let trace = fs::read_to_string(client.path("trace"))?;
     let shown = trace

@@ -269,11 +269,15 @@ fn end(mut child: Child) -> Result<()> {
     Ok(())
 }
 
-/// Runs `test` in a thread on this CPU.
-fn on_cpu(cpu: u32, test: fn() -> Result<()>) -> Result<()> {
-    let thread = std::thread::spawn(move || {
-        balancing::set_affinity(&[cpu as usize])?;
-        test()
-    });
-    thread.join().unwrap_or_else(|_| bail!("the test panicked"))
+/// Runs `body` in a thread on this CPU.
+fn on_cpu(cpu: usize, body: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            balancing::set_affinity(&[cpu])?;
+            body()
+        });
+        thread
+            .join()
+            .unwrap_or_else(|_| bail!("the thread panicked"))
+    })
 }

@@ -215,24 +215,19 @@ pub fn after_exec() -> Result<()> {
     Ok(())
 }
 
-/// Until it is one: a process gives up its memory first.
-fn wait_for_zombie(pid: &str) -> Result<()> {
-    let stat = || fs::read_to_string(format!("/proc/{pid}/stat"));
-    let begun = Instant::now();
-    while !stat()?.contains(") Z ") {
-        ensure!(begun.elapsed() < LIMIT, "no zombie: {}", stat()?);
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
-}
-
 /// A process that is killed leaves its trace; as long as nobody has waited for it, it is there, and cannot be attached.
 pub fn after_kill() -> Result<()> {
     let mut target = child()?;
     let pid = target.id().to_string();
     write_once("attach", &pid)?;
     target.kill()?;
-    wait_for_zombie(&pid)?;
+    // It gives up its memory first, and is a zombie a moment later.
+    let stat = || fs::read_to_string(format!("/proc/{pid}/stat"));
+    let begun = Instant::now();
+    while !stat()?.contains(") Z ") {
+        ensure!(begun.elapsed() < LIMIT, "no zombie: {}", stat()?);
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let trace = fs::read_to_string(Path::new(ROOT).join(&pid).join("trace"))?;
     ensure!(trace.contains(": release:"), "no release: {trace}");
     write_once("detach", &pid)?;
