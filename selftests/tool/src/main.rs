@@ -2,8 +2,9 @@
 //! mmu-notifier-trace: records what MMU notifiers tell of a process, shows it and checks it. Talks to the recorder through
 //! its files in debugfs, and to tracefs for what a VM tells KVM; writes the files it is told to write, and standard output.
 //!
-//! `record` and `stat` need the module `mmu_notifier_trace` and root, the others only a file.
+//! `record` and `stat` need the module `mmu_notifier_trace` and root; `doctor` needs neither, the others only a file.
 
+mod doctor;
 mod record;
 mod report;
 mod slots;
@@ -37,6 +38,8 @@ enum What {
     Report(report::Options),
     /// Show what is recorded of processes each second
     Stat(stat::Options),
+    /// Look at the VMs of this machine: what is pinned, what scans cost, what to do
+    Doctor(doctor::Options),
     /// Check that a file obeys the rules of MMU notifiers
     Check {
         /// What `record` wrote
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         What::Record(options) => record::record(options),
         What::Report(options) => report::report(&options).map(|()| ExitCode::SUCCESS),
         What::Stat(options) => stat::stat(&options).map(|()| ExitCode::SUCCESS),
+        What::Doctor(options) => doctor::doctor(&options).map(|()| ExitCode::SUCCESS),
         What::Check { file } => check(&file),
         What::Timeline(options) => timeline::timeline(&options).map(|()| ExitCode::SUCCESS),
         What::Completions { shell } => {
