@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
 use runner::mount::mount;
 
@@ -23,6 +23,9 @@ struct Args {
     /// Given by /init, not used: all output is on standard output.
     #[arg(long, default_value = ".")]
     results: PathBuf,
+    /// Run it in a copy, for tests that leave files where they are.
+    #[arg(long)]
+    copy: bool,
     /// Folder of `make kselftest-install`, in the share.
     install: PathBuf,
     /// Script in that folder.
@@ -66,9 +69,20 @@ fn main() -> Result<()> {
     if unsafe { libc::chroot(c"/root".as_ptr()) } != 0 {
         return Err(io::Error::last_os_error()).context("chroot");
     }
+    let mut folder = args.install;
+    if args.copy {
+        let copy = Path::new("/tmp/install");
+        let copied = Command::new("cp").arg("-r").arg(&folder).arg(copy).status();
+        ensure!(
+            copied.context("cp")?.success(),
+            "cp -r {}",
+            folder.display()
+        );
+        folder = copy.into();
+    }
     let error = Command::new(Path::new("./").join(&args.script))
         .args(&args.arguments)
-        .current_dir(&args.install)
+        .current_dir(&folder)
         .env_clear()
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .env("HOME", "/tmp")
