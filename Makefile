@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 
-export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256
+export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256 INSTALL_PATH
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
@@ -43,6 +43,9 @@ test-mutants: selftests ## Kernels with one rule broken at a time (MUTANTS="NAME
 
 test-matrix: modules selftests ## Both kernels again: without nested paging, preempted anywhere, and with a slower memory tier
 	@scripts/matrix $(TESTS)
+
+test-real: modules selftests ## Both kernels with an assigned device: real DMA, and guest memory that the kernel pins for it
+	@scripts/real
 
 test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (TESTS="kvm:NAME ...": only these)
 	@scripts/kselftest $(TESTS)
@@ -97,10 +100,13 @@ patches-export: ## that branch -> patches/
 checkpatch: ## checkpatch.pl --strict on every patch
 	@scripts/checkpatch
 
+kselftest-install: selftests ## The tests as a collection for the kernel's own runner, in INSTALL_PATH=, to be copied to a machine with the patched kernel
+	@scripts/kselftest-install
+
 clean: ## Remove what was built; kernel trees with changes of your own are kept
 	@scripts/clean
 
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-kselftest test-arches kernels modules selftests boot bench-recorder compare report patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-kselftest kselftest-install test-arches kernels modules selftests boot bench-recorder compare report patches-apply patches-export checkpatch clean distclean

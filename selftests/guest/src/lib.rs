@@ -5,6 +5,7 @@
 //! Every count of pages, here and in the programs, is in base pages of [`PAGE`] bytes, huge pages included.
 //!
 //! - [`memory`]: guest memory of a chosen backing, on a chosen node, pinned or not, with known contents.
+//! - [`pins`]: who pins it: io_uring, or a device that is assigned to this process.
 //! - [`vm`]: the machine and its vCPU threads, which sweep that memory.
 //! - [`linux`]: a machine that boots Linux in that memory.
 //! - [`stats`]: KVM's binary statistics.
@@ -27,6 +28,7 @@ pub mod memcg;
 pub mod memory;
 pub mod needs;
 pub mod pages;
+pub mod pins;
 pub mod spans;
 pub mod stats;
 pub mod tracefs;

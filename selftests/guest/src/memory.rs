@@ -12,15 +12,13 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
-use io_uring::IoUring;
 use serde::{Deserialize, Serialize};
 
+use crate::pins::{Device, Holder, Pins};
 use crate::{balancing, ksm, PAGE};
 
 /// Size of a huge page in bytes.
 pub const HUGE_PAGE: usize = 2 << 20;
-/// The longest buffer that io_uring registers, in bytes.
-const MAX_BUFFER: usize = 1 << 30;
 /// Of `linux/mempolicy.h`: move only pages that no other process maps.
 const MPOL_MF_MOVE: libc::c_int = 1 << 1;
 const LINE: usize = 64;
@@ -116,8 +114,7 @@ pub struct GuestMemory {
     pinned: Pinned,
     /// Whether every other page, beginning with the second, is merged.
     merged: bool,
-    /// Holds the pins.
-    _ring: Option<IoUring>,
+    pins: Option<Pins>,
 }
 
 // SAFETY: the mapping belongs to no thread, and everything that changes while guests run is read volatile.
@@ -129,7 +126,18 @@ impl GuestMemory {
     /// Maps `len` bytes (a multiple of 2 MiB) at a multiple of 2 MiB, places them on `node`, fills and pins them.
     /// Fails if a page came from another node.
     pub fn new(backing: Backing, pinned: Pinned, len: usize, node: usize) -> Result<GuestMemory> {
-        GuestMemory::with(backing, pinned, len, node, GuestMemory::fill)
+        GuestMemory::pinned_by(Holder::IoUring, backing, pinned, len, node)
+    }
+
+    /// The same, with the pins held by `holder`.
+    pub fn pinned_by(
+        holder: Holder,
+        backing: Backing,
+        pinned: Pinned,
+        len: usize,
+        node: usize,
+    ) -> Result<GuestMemory> {
+        GuestMemory::with(holder, backing, pinned, len, node, GuestMemory::fill)
     }
 
     /// The same, but all zeroes, and so not to be verified.
@@ -139,10 +147,18 @@ impl GuestMemory {
         len: usize,
         node: usize,
     ) -> Result<GuestMemory> {
-        GuestMemory::with(backing, pinned, len, node, GuestMemory::touch)
+        GuestMemory::with(
+            Holder::IoUring,
+            backing,
+            pinned,
+            len,
+            node,
+            GuestMemory::touch,
+        )
     }
 
     fn with(
+        holder: Holder,
         backing: Backing,
         pinned: Pinned,
         len: usize,
@@ -158,7 +174,7 @@ impl GuestMemory {
             backing,
             pinned,
             merged: false,
-            _ring: None,
+            pins: None,
         };
         let advice = match backing {
             Backing::Thp => libc::MADV_HUGEPAGE,
@@ -185,7 +201,7 @@ impl GuestMemory {
             filled.join().expect("filling memory does not panic")
         })
         .with_context(|| format!("place guest memory on node {node}"))?;
-        memory.pin()?;
+        memory.pin(holder)?;
 
         let nodes = memory.nodes()?;
         if let Some(page) = nodes.iter().position(|at| *at != node as i32) {
@@ -216,6 +232,14 @@ impl GuestMemory {
     pub fn addresses(&self) -> Range<u64> {
         let start = self.base as u64;
         start..start + self.len as u64
+    }
+
+    /// The device that pins it, if one does.
+    pub fn device(&self) -> Option<&Device> {
+        match &self.pins {
+            Some(Pins::Device(device)) => Some(device),
+            _ => None,
+        }
     }
 
     /// Whether base page `page` is pinned.
@@ -358,6 +382,25 @@ impl GuestMemory {
         }
     }
 
+    /// Writes to it, at `offset`. Not where a vCPU counts, or a tag is.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.len, "beyond guest memory");
+        for (at, byte) in (offset..).zip(bytes) {
+            // SAFETY: inside the mapping.
+            unsafe { self.base.add(at).write_volatile(*byte) };
+        }
+    }
+
+    /// Reads `length` bytes at `offset`.
+    pub fn read(&self, offset: usize, length: usize) -> Vec<u8> {
+        assert!(offset + length <= self.len, "beyond guest memory");
+        let bytes = offset..offset + length;
+        // SAFETY: inside the mapping.
+        bytes
+            .map(|at| unsafe { self.base.add(at).read_volatile() })
+            .collect()
+    }
+
     pub(crate) fn base(&self) -> *mut u8 {
         self.base
     }
@@ -403,34 +446,19 @@ impl GuestMemory {
         }
     }
 
-    /// Pins by registering the pinned parts as io_uring buffers.
-    fn pin(&mut self) -> Result<()> {
-        let buffers: Vec<libc::iovec> = self
-            .pinned_addresses()
-            .into_iter()
-            .flat_map(|part| {
-                let end = part.end;
-                part.step_by(MAX_BUFFER).map(move |start| libc::iovec {
-                    iov_base: start as *mut libc::c_void,
-                    iov_len: MAX_BUFFER.min((end - start) as usize),
-                })
-            })
-            .collect();
-        if buffers.is_empty() {
-            return Ok(());
+    /// Has the pinned parts pinned.
+    fn pin(&mut self, holder: Holder) -> Result<()> {
+        let parts = self.pinned_addresses();
+        if !parts.is_empty() {
+            self.pins = Some(Pins::new(holder, self.addresses(), parts)?);
         }
-        let ring = IoUring::new(1).context("io_uring_setup(): is CONFIG_IO_URING set?")?;
-        // SAFETY: the buffers are parts of a mapping that is unmapped after the ring is closed.
-        unsafe { ring.submitter().register_buffers(&buffers) }
-            .context("IORING_REGISTER_BUFFERS: needs root or a higher RLIMIT_MEMLOCK")?;
-        self._ring = Some(ring);
         Ok(())
     }
 }
 
 impl Drop for GuestMemory {
     fn drop(&mut self) {
-        self._ring = None;
+        self.pins = None;
         // SAFETY: our own mapping, and every user of it borrows or shares `self`.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }

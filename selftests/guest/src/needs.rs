@@ -46,6 +46,16 @@ pub const IO_URING: Need = Need {
     path: "/proc/sys/kernel/io_uring_disabled",
     remedy: "CONFIG_IO_URING",
 };
+/// Devices by VFIO's container.
+pub const VFIO_TYPE1: Need = Need {
+    path: "/dev/vfio/vfio",
+    remedy: "CONFIG_VFIO_IOMMU_TYPE1",
+};
+/// Devices by iommufd.
+pub const IOMMUFD: Need = Need {
+    path: "/dev/iommu",
+    remedy: "CONFIG_IOMMUFD",
+};
 /// Merging of equal pages.
 pub const KSM: Need = Need {
     path: "/sys/kernel/mm/ksm/run",

@@ -62,6 +62,9 @@ pub struct Options {
     /// Make the memory of node 1 a slower tier, without CPUs
     #[arg(long)]
     pub tiers: bool,
+    /// Give the machine QEMU's device for teaching, behind an IOMMU
+    #[arg(long)]
+    pub device: bool,
     /// Give the guest this folder to read, as the 9p share `root`
     #[arg(long, value_name = "DIR")]
     pub share_root: Option<PathBuf>,
@@ -424,11 +427,15 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
     // Nodes need sockets, else the kernel warns of the topology.
     command.args(["-smp", "4,sockets=2,cores=2,threads=1"]);
     command.args(["-m", &format!("{}M", node * 2)]);
-    let (machine, nodes) = match options.tiers {
-        false => ("q35", ["cpus=0-1", "cpus=2-3"]),
-        true => ("q35,hmat=on", ["cpus=0-3", "initiator=0"]),
+    let (mut machine, nodes) = match options.tiers {
+        false => ("q35".to_string(), ["cpus=0-1", "cpus=2-3"]),
+        true => ("q35,hmat=on".to_string(), ["cpus=0-3", "initiator=0"]),
     };
-    command.args(["-machine", machine]);
+    if options.device {
+        // What the IOMMU remaps interrupts with.
+        machine += ",kernel-irqchip=split";
+    }
+    command.args(["-machine", &machine]);
     for (id, place) in nodes.into_iter().enumerate() {
         command.args([
             "-object",
@@ -453,6 +460,10 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
             ]);
         }
     }
+    if options.device {
+        command.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
+        command.args(["-device", "edu"]);
+    }
     let share = results.display().to_string().replace(',', ",,");
     command.args([
         "-virtfs",
@@ -475,7 +486,12 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
     command.args([
         "-append",
         &format!(
-            "console=ttyS0 panic=-1 {} -- --run {arguments}",
+            "console=ttyS0 panic=-1 {}{} -- --run {arguments}",
+            if options.device {
+                "intel_iommu=on "
+            } else {
+                ""
+            },
             options.append
         ),
     ]);
@@ -732,6 +748,7 @@ mod tests {
             limit: 5,
             append: String::new(),
             tiers: false,
+            device: false,
             share_root: None,
             strict: false,
             may_fail: None,

@@ -25,9 +25,9 @@ pub struct Options {
     /// Results folder of the patched kernel
     #[arg(long, value_name = "DIR")]
     pub patched: PathBuf,
-    /// Tests that must fail on the unpatched kernel, one name a line
-    #[arg(long, value_name = "FILE")]
-    pub expected_failures: PathBuf,
+    /// Tests that must fail on the unpatched kernel, one name a line (more than once)
+    #[arg(long, value_name = "FILE", required = true)]
+    pub expected_failures: Vec<PathBuf>,
     /// Where the machine-readable result goes
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
@@ -73,7 +73,10 @@ pub struct Pair {
 
 /// Compares, prints, writes; whether all came out as it should.
 pub fn compare(options: &Options) -> Result<bool> {
-    let expected = names::read(&options.expected_failures)?;
+    let mut expected = BTreeSet::new();
+    for file in &options.expected_failures {
+        expected.append(&mut names::read(file)?);
+    }
     let (unpatched, patched) = (load(&options.unpatched)?, load(&options.patched)?);
     let mut tests = judge(
         &expected,

@@ -28,6 +28,7 @@ use anyhow::{ensure, Context, Result};
 use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memcg::{self, Counters, Source};
 use guest::memory::{Backing, GuestMemory, Pinned, HUGE_PAGE};
+use guest::pins::Holder;
 use guest::tracefs::{Events, Tracepoint};
 use guest::vm::{self, Seen, Sweep, Vm};
 use serde::{Deserialize, Serialize};
@@ -92,6 +93,8 @@ impl Case {
 pub struct Plan {
     /// The case.
     pub case: Case,
+    /// Who pins the pinned parts of guest memory.
+    pub holder: Holder,
     /// Guest memory in bytes; a quarter of it where pages are merged.
     pub memory: usize,
     /// Steps that are counted.
@@ -539,7 +542,8 @@ impl Bench {
             Layout::KsmAlternating => (plan.memory / 4).next_multiple_of(HUGE_PAGE),
             Layout::Whole | Layout::TouchedHalf => plan.memory,
         };
-        let mut memory = GuestMemory::new(case.backing, case.pinned, size, MEMORY_NODE)?;
+        let mut memory =
+            GuestMemory::pinned_by(plan.holder, case.backing, case.pinned, size, MEMORY_NODE)?;
         if case.layout == Layout::KsmAlternating {
             memory.merge_alternate(LIMIT)?;
         }

@@ -23,6 +23,7 @@ use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Memcg;
 use guest::memory::{Backing, Pinned};
 use guest::needs::{self, Need};
+use guest::pins::Holder;
 use serde::Serialize;
 
 use case::{Case, Figures, Layout};
@@ -50,6 +51,9 @@ struct Args {
     /// Steps of one scan and one pass over guest memory that are counted; --profile takes four.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
     steps: u32,
+    /// Who pins the pinned parts: io_uring, or an assigned device, by VFIO's type1 or by iommufd.
+    #[arg(long, default_value = "io_uring")]
+    pins: Holder,
     /// How long the guest then runs with scans going on, in milliseconds, at the least.
     #[arg(long, default_value_t = 2000)]
     free_run: u64,
@@ -166,7 +170,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     for case in cases {
         let name = case.name();
         let mut outcomes = HashMap::new();
-        let rest = match needs::missing(ALL).or_else(|| missing_for(case)) {
+        let rest = match needs::missing(ALL).or_else(|| missing_for(case, args.pins)) {
             Some(reason) => Outcome::Skip(reason),
             None => match run_case(case, args, &mut outcomes) {
                 Ok(one) => {
@@ -199,13 +203,16 @@ fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// What this case cannot do without.
-fn missing_for(case: Case) -> Option<String> {
+fn missing_for(case: Case, holder: Holder) -> Option<String> {
     let wanted = [
         (case.backing == Backing::Thp, &needs::THP),
         (case.layout == Layout::KsmAlternating, &needs::KSM),
-        (case.pinned != Pinned::None, &needs::IO_URING),
     ];
-    needs::missing(wanted.into_iter().filter(|one| one.0).map(|one| one.1))
+    let missing = needs::missing(wanted.into_iter().filter(|one| one.0).map(|one| one.1));
+    missing.or_else(|| match case.pinned {
+        Pinned::None => None,
+        _ => holder.missing(),
+    })
 }
 
 /// Runs `case` in a process of its own and takes down what it says.
@@ -228,6 +235,7 @@ fn run_case(
     command.arg("--child").arg(&name);
     command.arg("--results").arg(&args.results);
     command.args(["--memory", &args.memory.to_string()]);
+    command.args(["--pins", args.pins.name()]);
     command.args(["--steps", &args.steps.to_string()]);
     command.args(["--free-run", &args.free_run.to_string()]);
     if args.profile {
@@ -249,6 +257,7 @@ fn run_child(name: &str, args: &Args) -> Result<()> {
         .with_context(|| format!("no case {name}"))?;
     let plan = case::Plan {
         case,
+        holder: args.pins,
         memory: (args.memory as usize) << 20,
         steps: match args.profile {
             true => profile::STEPS,
