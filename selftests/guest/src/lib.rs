@@ -8,6 +8,7 @@
 //! - [`pins`]: who pins it: io_uring, or a device that is assigned to this process.
 //! - [`vm`]: the machine and its vCPU threads, which sweep that memory.
 //! - [`linux`]: a machine that boots Linux in that memory.
+//! - [`workload`]: what the guest does there.
 //! - [`stats`]: KVM's binary statistics.
 //! - [`balancing`]: NUMA balancing of this process: CPUs, policies, scans.
 //! - [`memcg`]: what the memory cgroup counted of it.
@@ -33,6 +34,7 @@ pub mod spans;
 pub mod stats;
 pub mod tracefs;
 pub mod vm;
+pub mod workload;
 
 /// Size of a base page in bytes.
 pub const PAGE: usize = 4096;

@@ -24,7 +24,7 @@ use guest::memcg::{self, Memcg, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::needs::{self, Need};
 use guest::tracefs::Tracepoint;
-use guest::{vm, PAGE};
+use guest::{vm, workload, PAGE};
 use serde::{Deserialize, Serialize};
 
 /// What no boot can do without, beside [`missing`].
@@ -139,7 +139,7 @@ struct Boot {
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(pages) = args.workload {
-        return workload(pages, args.passes);
+        return workload::run(pages, args.passes);
     }
     if let Some(pinned) = args.child {
         return match run_child(pinned, &args) {
@@ -157,48 +157,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// The guest's only program: writes, says what it wrote, and restarts the machine.
-fn workload(pages: u64, passes: u64) -> ExitCode {
-    if std::process::id() != 1 {
-        eprintln!("--workload: this restarts the machine; only for the first program of a guest");
-        return ExitCode::FAILURE;
-    }
-    println!("{}", done(&written(pages, passes)));
-    // SAFETY: no arguments but the command; nothing is left to be lost.
-    unsafe { libc::reboot(libc::RB_AUTOBOOT) };
-    ExitCode::FAILURE
-}
-
-/// A page, as the workload writes to it.
-type Page = [u64; PAGE / 8];
-
-/// Memory after the workload.
-fn written(pages: u64, passes: u64) -> Vec<Page> {
-    let mut memory = vec![[0; PAGE / 8]; pages as usize];
-    for pass in 0..passes {
-        for (number, page) in (0..).zip(&mut memory) {
-            write(page, number, pass);
-        }
-    }
-    memory
-}
-
-/// What a pass changes in page `number`: one word, another in the next pass, from its value before.
-fn write(page: &mut Page, number: u64, pass: u64) {
-    let word = &mut page[(number + pass) as usize % (PAGE / 8)];
-    *word = (*word ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (pass + 1);
-}
-
-/// How it begins when the guest says that it is done.
-const DONE: &str = "workload done: ";
-
-/// What the guest says of memory that it has written: a checksum of each word at its place (FNV-1a, by words).
-fn done(memory: &[Page]) -> String {
-    let mix = |sum: u64, word: &u64| (sum ^ word).wrapping_mul(0x0000_0100_0000_01b3);
-    let checksum = memory.iter().flatten().fold(0xcbf2_9ce4_8422_2325, mix);
-    format!("{DONE}{} pages, checksum {checksum:016x}", memory.len())
 }
 
 /// The name of a group.
@@ -414,14 +372,14 @@ impl Args {
 
 fn run_child(pinned: Pinned, args: &Args) -> Result<()> {
     let (boot, console) = boot(pinned, args)?;
-    if !console.contains(DONE) {
+    if !console.contains(workload::DONE) {
         bail!(
             "the guest restarted before its workload was done; the console's last lines:\n{}",
             linux::tail(&console)
         );
     }
     child::outcome("booted", Outcome::Ok);
-    let expected = done(&written(args.workload_pages(), args.passes));
+    let expected = workload::expected(args.workload_pages(), args.passes);
     child::outcome(
         "contents",
         match console.lines().any(|line| line == expected) {
@@ -514,26 +472,4 @@ fn boot(pinned: Pinned, args: &Args) -> Result<(Boot, String)> {
         elapsed_s: elapsed.as_secs_f64(),
     };
     Ok((boot, console))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_word_counts_at_its_place() {
-        let memory = written(3, 2);
-        assert_eq!(done(&memory), done(&written(3, 2)));
-        assert!(done(&memory).starts_with("workload done: 3 pages, checksum "));
-        assert!(memory.iter().flatten().filter(|word| **word != 0).count() == 6);
-        for (page, word) in [(0, 0), (1, 2), (2, 511)] {
-            let mut other = memory.clone();
-            other[page][word] ^= 1;
-            assert_ne!(done(&memory), done(&other), "word {word} of page {page}");
-        }
-        let mut swapped = memory.clone();
-        swapped.swap(0, 1);
-        assert_ne!(done(&memory), done(&swapped));
-        assert_ne!(done(&memory), done(&written(3, 1)));
-    }
 }
