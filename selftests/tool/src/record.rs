@@ -2,10 +2,8 @@
 //! Records a process into a file. Starts the process, if it is a command; attaches the recorder to it.
 
 use std::fs;
-use std::io;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode};
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,6 +15,7 @@ use trace::client::{self, Client};
 use trace::filter::Filter;
 use trace::record::kind;
 use trace::saved::{About, Writer};
+use trace::started::Started;
 
 use crate::slots::Watch;
 
@@ -89,13 +88,18 @@ pub fn record(options: Options) -> Result<ExitCode> {
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register(signal, stop.clone()).context("signals")?;
     }
-    let mut started = match options.pid {
+    let started = match options.pid {
         Some(_) => None,
-        None => Some(Started::new(&options.command)?),
+        None => {
+            let [program, arguments @ ..] = &options.command[..] else {
+                bail!("no command");
+            };
+            Some(Started::new(Command::new(program).args(arguments))?)
+        }
     };
     let pid = options
         .pid
-        .or_else(|| started.as_ref().map(|one| one.child.id()))
+        .or_else(|| started.as_ref().map(Started::id))
         .context("neither a process nor a command")?;
     let mut words = options.records.map_or(String::new(), |one| one.to_string());
     for (is_set, word) in [
@@ -123,16 +127,14 @@ pub fn record(options: Options) -> Result<ExitCode> {
     let mut writer = Writer::create(&options.output, &about)
         .with_context(|| options.output.display().to_string())?;
     let mut slots = watch_slots(&about);
-    if let Some(started) = &mut started {
-        started.go_on()?;
-    }
+    let mut child = started.map(Started::go_on).transpose()?;
 
     let begun = Instant::now();
     let limit = options.duration.map(Duration::from_secs_f64);
     let (mut records, mut released) = (0, false);
     let status = loop {
-        let ended = match &mut started {
-            Some(started) => started.child.try_wait().context("wait for the command")?,
+        let ended = match &mut child {
+            Some(child) => child.try_wait().context("wait for the command")?,
             None => None,
         };
         let mut new = Vec::new();
@@ -151,8 +153,7 @@ pub fn record(options: Options) -> Result<ExitCode> {
             .append(&new)
             .with_context(|| options.output.display().to_string())?;
         let late = limit.is_some_and(|limit| begun.elapsed() >= limit);
-        if ended.is_some() || late || stop.load(Ordering::Relaxed) || released && started.is_none()
-        {
+        if ended.is_some() || late || stop.load(Ordering::Relaxed) || released && child.is_none() {
             break ended;
         }
         std::thread::sleep(PERIOD);
@@ -199,53 +200,4 @@ fn command_line(pid: u32) -> String {
         fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
     let text = String::from_utf8_lossy(&words).replace('\0', " ");
     text.trim().chars().take(256).collect()
-}
-
-/// A command that was started, and waits before its first instruction until it is told to go on. If it never is, it ends.
-struct Started {
-    child: Child,
-    waits: bool,
-}
-
-impl Started {
-    fn new(command: &[String]) -> Result<Started> {
-        let [program, arguments @ ..] = command else {
-            bail!("no command");
-        };
-        let mut command = Command::new(program);
-        command.args(arguments);
-        // SAFETY: between fork() and exec(), ptrace() is one system call and nothing else.
-        unsafe {
-            command.pre_exec(|| match libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
-            });
-        }
-        let child = command.spawn().with_context(|| format!("run {program}"))?;
-        let mut status = 0;
-        // SAFETY: a child of ours, and a place for its status.
-        let waited = unsafe { libc::waitpid(child.id() as i32, &mut status, 0) };
-        ensure!(
-            waited == child.id() as i32 && libc::WIFSTOPPED(status),
-            "{program} did not stop at its beginning: {status:#x}"
-        );
-        Ok(Started { child, waits: true })
-    }
-
-    fn go_on(&mut self) -> Result<()> {
-        // SAFETY: it is stopped, and traced by us.
-        let status = unsafe { libc::ptrace(libc::PTRACE_DETACH, self.child.id() as i32, 0, 0) };
-        ensure!(status == 0, "PTRACE_DETACH: {}", io::Error::last_os_error());
-        self.waits = false;
-        Ok(())
-    }
-}
-
-impl Drop for Started {
-    fn drop(&mut self) {
-        if self.waits {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
-    }
 }
