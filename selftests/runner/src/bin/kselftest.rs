@@ -4,7 +4,6 @@
 //!
 //! Arguments: the folder of `make kselftest-install`, as the share sees it; the script to run there; its arguments.
 
-use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,10 +11,7 @@ use std::process::Command;
 
 use anyhow::{bail, ensure, Context, Result};
 use clap::Parser;
-use runner::mount::mount;
-
-/// Where the share goes.
-const ROOT: &str = "/root";
+use runner::mount::{self, ROOT};
 
 /// Runs a collection of the kernel's own tests.
 #[derive(Parser)]
@@ -37,26 +33,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    mount(
-        "root",
-        ROOT,
-        "9p",
-        "ro,trans=virtio,version=9p2000.L,msize=262144,cache=loose",
-    )?;
-    for (kind, at) in [
-        ("tmpfs", "tmp"),
-        ("tmpfs", "run"),
-        ("proc", "proc"),
-        ("sysfs", "sys"),
-        ("devtmpfs", "dev"),
-        ("debugfs", "sys/kernel/debug"),
-        ("tracefs", "sys/kernel/tracing"),
-        ("cgroup2", "sys/fs/cgroup"),
-    ] {
-        mount(kind, &format!("{ROOT}/{at}"), kind, "")?;
-    }
-    fs::create_dir_all(Path::new(ROOT).join("dev/shm")).context("dev/shm")?;
-    mount("tmpfs", &format!("{ROOT}/dev/shm"), "tmpfs", "")?;
+    mount::share()?;
     let from = Path::new(ROOT).join(args.install.strip_prefix("/").unwrap_or(&args.install));
     if !from.join(&args.script).exists() {
         bail!(
