@@ -2,6 +2,7 @@
 //! NUMA balancing as a test needs it: nodes and CPUs, memory policies of this process, and the scan settings of
 //! the machine, which are put back.
 
+use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -96,6 +97,16 @@ pub fn forbid_scans(node: usize) -> Result<()> {
     };
     if rc != 0 {
         return Err(io::Error::last_os_error()).context("set_mempolicy(MPOL_BIND): CONFIG_NUMA?");
+    }
+    Ok(())
+}
+
+/// Takes back what [`forbid_scans`] did for this thread and threads and processes made later.
+pub fn default_policy() -> Result<()> {
+    // SAFETY: no nodes are read for this mode.
+    let rc = unsafe { libc::syscall(libc::SYS_set_mempolicy, libc::MPOL_DEFAULT, 0, 0) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error()).context("set_mempolicy(MPOL_DEFAULT)");
     }
     Ok(())
 }
@@ -204,8 +215,13 @@ pub fn enable(on: bool) -> Result<()> {
 
 /// How many scans of this process's whole address space have ended.
 pub fn scan_seq() -> Result<u64> {
-    let path = "/proc/self/sched";
-    let text = fs::read_to_string(path).context(path)?;
+    scan_seq_of("self")
+}
+
+/// The same of the process `pid`.
+pub fn scan_seq_of(pid: impl Display) -> Result<u64> {
+    let path = format!("/proc/{pid}/sched");
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
     text.lines()
         .find_map(|line| line.strip_prefix("mm->numa_scan_seq"))
         .and_then(|rest| rest.trim_start().strip_prefix(':'))

@@ -49,6 +49,18 @@ pub fn join(path: &Path) -> Result<()> {
     fs::write(&procs, "0").with_context(|| procs.display().to_string())
 }
 
+/// Lets the processes in the cgroup at `path`, below the root of the hierarchy, take memory of `nodes` only, a list such as
+/// `0-1`. Memory of one node is not scanned.
+pub fn allow_nodes(path: &Path, nodes: &str) -> Result<()> {
+    let control = Path::new(ROOT).join("cgroup.subtree_control");
+    fs::write(&control, "+cpuset").with_context(|| {
+        let control = control.display();
+        format!("{control}: is cgroup2 mounted and CONFIG_CPUSETS set?")
+    })?;
+    let mems = path.join("cpuset.mems");
+    fs::write(&mems, nodes).with_context(|| format!("{}: {nodes}", mems.display()))
+}
+
 /// Running totals of NUMA balancing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {

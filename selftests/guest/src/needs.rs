@@ -36,6 +36,11 @@ pub const MEMCG: Need = Need {
     path: "/sys/fs/cgroup/cgroup.subtree_control",
     remedy: "CONFIG_MEMCG, and cgroup2 mounted",
 };
+/// Memory of one node only, for a while.
+pub const CPUSETS: Need = Need {
+    path: "/sys/fs/cgroup/cpuset.mems.effective",
+    remedy: "CONFIG_CPUSETS, and cgroup2 mounted",
+};
 /// Huge pages.
 pub const THP: Need = Need {
     path: "/sys/kernel/mm/transparent_hugepage",

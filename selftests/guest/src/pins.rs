@@ -156,6 +156,14 @@ impl Device {
         bail!("no PCI device 1234:11e8: QEMU's -device edu, behind its -device intel-iommu")
     }
 
+    /// Binds it to vfio-pci, for whoever wants it assigned, and gives its address.
+    pub fn assignable() -> Result<String> {
+        let path = Device::find()?;
+        Device::bind(&path)?;
+        let address = path.file_name().context("no name")?;
+        Ok(address.to_string_lossy().into_owned())
+    }
+
     /// Binds it to vfio-pci, unless it is.
     fn bind(path: &Path) -> Result<()> {
         let driver = path.join("driver");

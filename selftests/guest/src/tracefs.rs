@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How often a tracepoint fired or a function ran, or all that some tracepoints say, by a tracefs instance of its own, which
-//! is removed in the end.
+//! How often a tracepoint fired or a function ran, also by its arguments or its callers, or all that some tracepoints say, by a
+//! tracefs instance of its own, which is removed in the end.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -113,6 +114,119 @@ impl Drop for Tracepoint {
     }
 }
 
+/// An event that the kernel counts by some of its fields, or by who called (Documentation/trace/histogram.rst).
+pub struct Histogram {
+    instance: PathBuf,
+    event: String,
+    /// Goes after the instance.
+    _probe: Option<Probe>,
+}
+
+/// What had the same keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bin {
+    /// The keys, and sums of values; numbers.
+    pub fields: HashMap<String, u64>,
+    /// Functions, from the innermost on, where they are a key.
+    pub callers: Vec<String>,
+    /// How many there were.
+    pub hits: u64,
+}
+
+/// The key for [`Bin::callers`].
+pub const CALLERS: &str = "common_stacktrace";
+
+impl Histogram {
+    /// Of `event` (`SYSTEM/NAME`); `how` begins with `keys=`.
+    pub fn of(event: &str, how: &str) -> Result<Histogram> {
+        Histogram::new(event.into(), None, how)
+    }
+
+    /// Of calls of the kernel's `function`, with what to fetch of its arguments.
+    pub fn of_calls(function: &str, arguments: &str, how: &str) -> Result<Histogram> {
+        let probe = Probe::new(function, arguments)?;
+        Histogram::new(probe.0.clone(), Some(probe), how)
+    }
+
+    /// Of its returns.
+    pub fn of_returns(function: &str, arguments: &str, how: &str) -> Result<Histogram> {
+        let probe = Probe::at_return(function, arguments)?;
+        Histogram::new(probe.0.clone(), Some(probe), how)
+    }
+
+    fn new(event: String, probe: Option<Probe>, how: &str) -> Result<Histogram> {
+        let histogram = Histogram {
+            instance: instance(&format!("{GROUP}.{}.bins", event.replace('/', ".")))?,
+            event,
+            _probe: probe,
+        };
+        let (path, trigger) = (histogram.path("trigger"), format!("hist:{how}"));
+        append(&path, &trigger).with_context(|| format!("{}: {trigger}", path.display()))?;
+        Ok(histogram)
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.instance.join("events").join(&self.event).join(file)
+    }
+
+    /// What has been counted so far. Fails if anything was not.
+    pub fn read(&self) -> Result<Vec<Bin>> {
+        if self._probe.is_some() {
+            all_hit(&self.event)?;
+        }
+        let path = self.path("hist");
+        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        bins(&text).with_context(|| path.display().to_string())
+    }
+}
+
+impl Drop for Histogram {
+    fn drop(&mut self) {
+        remove(&self.instance);
+    }
+}
+
+/// What a `hist` file of tracefs says.
+fn bins(hist: &str) -> Result<Vec<Bin>> {
+    let mut bins = Vec::new();
+    let mut bin = Bin::default();
+    for line in hist.lines().filter(|line| !line.starts_with('#')) {
+        match line.split_once(':') {
+            Some((name, count)) if name.trim() == "Dropped" && count.trim() != "0" => {
+                bail!("{} were not counted", count.trim());
+            }
+            _ => {}
+        }
+        let (begins, ends) = (line.starts_with('{'), line.contains('}'));
+        if !begins && !ends {
+            // Between the braces, callers stand one a line; behind the last, totals.
+            bin.callers.push(line.trim().to_string());
+            continue;
+        }
+        if begins {
+            bin = Bin::default();
+        }
+        let words = line.replace(['{', '}', ','], " ");
+        let mut words = words.split_whitespace();
+        while let Some(name) = words.next().and_then(|word| word.strip_suffix(':')) {
+            if name == CALLERS {
+                break;
+            }
+            let value = words.next().and_then(|word| word.parse().ok());
+            let value = value.with_context(|| format!("no number: {line}"))?;
+            bin.fields.insert(name.to_string(), value);
+        }
+        if ends {
+            bin.hits = bin
+                .fields
+                .remove("hitcount")
+                .with_context(|| format!("no hitcount: {line}"))?;
+            bins.push(std::mem::take(&mut bin));
+        }
+    }
+    Ok(bins)
+}
+
 /// What some tracepoints say, with the time since boot as the recorder tells it.
 pub struct Events {
     instance: PathBuf,
@@ -182,8 +296,17 @@ fn remove(instance: &Path) {
 impl Probe {
     /// At the beginning of `function`.
     fn new(function: &str, arguments: &str) -> Result<Probe> {
-        let event = format!("{GROUP}/{function}_{}", std::process::id());
-        let define = format!("p:{event} {function} {arguments}");
+        Probe::define("p", function, function, arguments)
+    }
+
+    /// At its end.
+    fn at_return(function: &str, arguments: &str) -> Result<Probe> {
+        Probe::define("r", &format!("{function}_return"), function, arguments)
+    }
+
+    fn define(kind: &str, name: &str, function: &str, arguments: &str) -> Result<Probe> {
+        let event = format!("{GROUP}/{name}_{}", std::process::id());
+        let define = format!("{kind}:{event} {function} {arguments}");
         append(Path::new(KPROBE_EVENTS), &define).with_context(|| {
             format!("{KPROBE_EVENTS}: {define}: does this kernel have that function?")
         })?;
@@ -225,12 +348,31 @@ fn total(stats: &str) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::total;
+    use super::{bins, total};
 
     #[test]
     fn lost_events_count() {
         let stats = "entries: 3\noverrun: 40\ncommit overrun: 0\nbytes: 132\noldest event ts:  2.5\nnow ts:  3.5\ndropped events: 500\nread events: 6000\n";
         assert_eq!(total(stats).unwrap(), 6543);
         assert!(total("entries: 3\n").is_err());
+    }
+    #[test]
+    fn a_histogram_is_read_by_keys_and_callers() {
+        let hist = "# event histogram\n#\n# trigger info: hist:keys=start,end:vals=hitcount,hinted [active]\n#\n\n\
+            { start: 140737, end:     140800 } hitcount:          2  hinted:         77\n\
+            { level:          1, common_stacktrace:\n         zap\n         change_prot_numa\n} hitcount:          3\n\n\
+            Totals:\n    Hits: 5\n    Entries: 2\n    Dropped: 0\n";
+        let read = bins(hist).unwrap();
+        assert_eq!(read.len(), 2);
+        assert_eq!((read[0].hits, read[0].fields["hinted"]), (2, 77));
+        assert_eq!(
+            (read[0].fields["start"], read[0].fields["end"]),
+            (140_737, 140_800)
+        );
+        assert!(read[0].callers.is_empty());
+        assert_eq!((read[1].hits, read[1].fields["level"]), (3, 1));
+        assert_eq!(read[1].callers, ["zap", "change_prot_numa"]);
+        assert!(bins(&hist.replace("Dropped: 0", "Dropped: 2")).is_err());
+        assert!(bins("{ start: x } hitcount: 1\n").is_err());
     }
 }
