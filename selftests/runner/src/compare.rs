@@ -91,6 +91,7 @@ pub fn compare(options: &Options) -> Result<bool> {
             .flat_map(|(name, pair)| judge_flushes(name, pair)),
     );
     print_table(&figures);
+    print_boots(&figures);
 
     let mut failed = 0;
     let mut error = |text: String| {
@@ -321,6 +322,8 @@ const COLUMNS: &[(&str, &str)] = &[
 ];
 
 fn print_table(figures: &BTreeMap<String, Pair>) {
+    let cases = figures.iter().filter(|(_, pair)| !pair.is_of_boots());
+    let figures: BTreeMap<&String, &Pair> = cases.collect();
     if figures.is_empty() {
         return;
     }
@@ -350,6 +353,75 @@ fn print_table(figures: &BTreeMap<String, Pair>) {
     println!("\nWhat NUMA scans did to the VM: unpatched kernel -> patched kernel\n\n{table}\n");
 }
 
+/// The columns of the table of boots: title, and the figure of each boot.
+const BOOT_COLUMNS: &[(&str, &str)] = &[
+    ("scans", "scans"),
+    ("pages\nhinted", "hinted"),
+    ("pages\nmigrated", "migrated"),
+    ("unmap calls\nfor scans", "scan_unmap_calls"),
+    ("pages KVM\ndropped", "dropped"),
+    ("faults", "faults"),
+    ("flush\nrequests", "flush_requests"),
+];
+
+impl Pair {
+    /// Whether it is of a VMM that booted some times, each of which was counted whole.
+    fn is_of_boots(&self) -> bool {
+        self.unpatched["boots"].is_array() || self.patched["boots"].is_array()
+    }
+}
+
+fn print_boots(figures: &BTreeMap<String, Pair>) {
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN);
+    let titles = BOOT_COLUMNS.iter().map(|(title, _)| *title);
+    table.set_header(["VMM", "boots"].into_iter().chain(titles));
+    for (name, pair) in figures.iter().filter(|(_, pair)| pair.is_of_boots()) {
+        let (before, after) = (&pair.unpatched["boots"], &pair.patched["boots"]);
+        let boots = [before, after].map(|boots| boots.as_array().map_or(0, Vec::len));
+        let cells = BOOT_COLUMNS.iter().map(|(_, figure)| {
+            let (before, after) = (Spread::of(before, figure), Spread::of(after, figure));
+            let means = format!("{} -> {}", before.mean(), after.mean());
+            let ranges = format!("{} -> {}", before.range(), after.range());
+            Cell::new(format!("{means}\n{ranges}")).set_alignment(CellAlignment::Right)
+        });
+        let name_and_count = [
+            Cell::new(format!("{name}\nleast-most")),
+            Cell::new(format!("{} -> {}", boots[0], boots[1])),
+        ];
+        table.add_row(name_and_count.into_iter().chain(cells));
+    }
+    if table.row_count() > 0 {
+        println!(
+            "\nWhat a boot came to, unpatched kernel -> patched kernel: the mean\n\n{table}\n"
+        );
+    }
+}
+
+/// The values of a figure in some boots.
+struct Spread(Vec<u64>);
+
+impl Spread {
+    fn of(boots: &Value, figure: &str) -> Spread {
+        let boots = boots.as_array().into_iter().flatten();
+        Spread(boots.filter_map(|boot| boot[figure].as_u64()).collect())
+    }
+
+    fn mean(&self) -> String {
+        match self.0.len() as u64 {
+            0 => "-".into(),
+            count => grouped((self.0.iter().sum::<u64>() + count / 2) / count),
+        }
+    }
+
+    fn range(&self) -> String {
+        match (self.0.iter().min(), self.0.iter().max()) {
+            (Some(least), Some(most)) => format!("{}-{}", grouped(*least), grouped(*most)),
+            _ => "-".into(),
+        }
+    }
+}
+
 /// A figure in words.
 fn number(case: &Value, figure: &str) -> String {
     let value = match figure {
@@ -358,9 +430,11 @@ fn number(case: &Value, figure: &str) -> String {
         }
         _ => case[figure].as_u64(),
     };
-    let Some(value) = value else {
-        return "-".to_string();
-    };
+    value.map_or("-".to_string(), grouped)
+}
+
+/// A number with its thousands apart.
+fn grouped(value: u64) -> String {
     let digits = value.to_string();
     let mut text = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -375,6 +449,24 @@ fn number(case: &Value, figure: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn boots_have_a_mean_and_a_range() {
+        let boots = json!([{"faults": 1000}, {"faults": 2001}]);
+        let (spread, none) = (Spread::of(&boots, "faults"), Spread::of(&boots, "scans"));
+        assert_eq!(
+            (&*spread.mean(), &*spread.range()),
+            ("1,501", "1,000-2,001")
+        );
+        assert_eq!((&*none.mean(), &*none.range()), ("-", "-"));
+        let pair = |patched| Pair {
+            patched,
+            ..Pair::default()
+        };
+        assert!(pair(json!({ "boots": boots })).is_of_boots());
+        assert!(!pair(json!({ "hinted": 1 })).is_of_boots());
+    }
 
     fn one(outcome: Option<Outcome>) -> BTreeMap<String, Outcome> {
         outcome

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What NUMA scans cost a VMM that is a program of its own, whichever: starts it, in its memory cgroup, with the recorder attached
-//! from its first instruction on, and reads what the kernel counts of it until it has ended.
+//! What NUMA scans cost a VMM that is a program of its own, whichever: starts it, in its memory cgroup, with the recorder
+//! attached from its first instruction on, and reads what the kernel counts of it until it has ended.
 //!
-//! Its threads run on node 0, and until a vCPU has run, its memory comes from node 1, by a cpuset: a policy of its own would keep
-//! scans off that memory, and there is no way to give it to memory that another process is yet to map. What scans did is told
-//! from everything else by who called: they alone change memory in [`SCAN`].
+//! Its threads run on node 0. Until a vCPU has run, its memory comes from node 1, by a cpuset, and is not scanned: a memory
+//! policy would do that, too, but keep scans off that memory for ever, and there is no way to give one that does not
+//! (MPOL_F_NUMA_BALANCING) and prefers a node to memory that another process is yet to map. What scans did is told from
+//! everything else by who called: they alone change memory in [`SCAN`].
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -27,7 +28,8 @@ use trace::sequence::Sequence;
 
 /// The function in which a scan makes pages PROT_NONE, of a part of one mapping at a time.
 const SCAN: &str = "change_prot_numa";
-/// What KVM calls for each range of guest memory that it unmaps, and its tracepoint of entries in its page tables that change.
+/// What KVM calls for each range of guest memory that it unmaps, and its tracepoint of entries in its page tables that
+/// change.
 const UNMAP: &str = "kvm_unmap_gfn_range";
 const ENTRY: &str = "kvmmmu/kvm_tdp_mmu_spte_changed";
 /// Of those, the ones that mapped a page, and are there no longer. Bit 11 is KVM's own for an entry that is there, bit 7 the

@@ -9,8 +9,8 @@ use guest::memory::Backing;
 pub const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
 pub const PACKAGE: &str = "qemu-system-x86";
 
-/// Boots Linux with `memory` MiB of `backing`, and the PCI device at `device` assigned. The serial port is standard output; a
-/// restart of the guest ends it, with status 0.
+/// Boots Linux with `memory` MiB of `backing`, and the PCI device at `device` assigned. The serial port is standard output;
+/// a restart of the guest ends it, with status 0.
 pub fn command(
     (kernel, initrd): (&Path, &Path),
     command_line: &str,
