@@ -6,6 +6,7 @@
 //!
 //! - [`memory`]: guest memory of a chosen backing, on a chosen node, pinned or not, with known contents.
 //! - [`pins`]: who pins it: io_uring, or a device that is assigned to this process.
+//! - [`access`]: pins that come and go, those of a mediated device.
 //! - [`vm`]: the machine and its vCPU threads, which sweep that memory.
 //! - [`linux`]: a machine that boots Linux in that memory.
 //! - [`workload`]: what the guest does there.
@@ -21,6 +22,7 @@
 
 #![deny(missing_docs)]
 
+pub mod access;
 pub mod balancing;
 pub mod ksm;
 pub mod ktap;
