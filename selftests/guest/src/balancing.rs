@@ -68,13 +68,18 @@ pub fn other_cpus(vcpus: usize) -> Result<Vec<usize>> {
 
 /// Lets the calling thread run on `cpus` only.
 pub fn set_affinity(cpus: &[usize]) -> Result<()> {
+    set_affinity_of(0, cpus)
+}
+
+/// Lets `thread` run on `cpus` only; 0 is the calling one.
+pub fn set_affinity_of(thread: libc::pid_t, cpus: &[usize]) -> Result<()> {
     // SAFETY: cpu_set_t is plain data, CPU_SET checks its bounds, and the kernel only reads the set.
     let rc = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         for cpu in cpus {
             libc::CPU_SET(*cpu, &mut set);
         }
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+        libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &set)
     };
     if rc != 0 {
         return Err(io::Error::last_os_error()).with_context(|| format!("run on CPUs {cpus:?}"));
