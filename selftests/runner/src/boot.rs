@@ -68,6 +68,9 @@ pub struct Options {
     /// Give the guest this folder to read, as the 9p share `root`
     #[arg(long, value_name = "DIR")]
     pub share_root: Option<PathBuf>,
+    /// Boot it with virtme-ng, on a copy of the root folder that this runs in, and run /init in a chroot there
+    #[arg(long, conflicts_with_all = ["tiers", "device", "share_root"])]
+    pub vng: bool,
     /// A test that fails makes this a failed run, too: where nothing is going to be compared
     #[arg(long)]
     pub strict: bool,
@@ -325,11 +328,14 @@ fn run(
     interrupted: &AtomicBool,
     mut seen: impl FnMut(&str),
 ) -> Result<End> {
-    let mut command = command(options, accel, arguments, results);
+    let mut command = match options.vng {
+        true => virtme(options, accel, arguments, results),
+        false => command(options, accel, arguments, results),
+    };
     let mut qemu = Qemu(command.spawn().with_context(|| {
         format!(
             "{} does not start: scripts/toolchain provides it",
-            options.qemu.display()
+            command.get_program().to_string_lossy()
         )
     })?);
     let mut console = qemu.0.stdout.take().context("no console")?;
@@ -383,7 +389,7 @@ fn run(
             )
         } else if started.elapsed() > limit {
             format!("not done after {} s", options.limit)
-        } else if end.is_some() && progressed.elapsed() > Duration::from_secs(15) {
+        } else if end.is_some() && !options.vng && progressed.elapsed() > Duration::from_secs(15) {
             // It said all it had to say and does not power off.
             break;
         } else {
@@ -393,15 +399,24 @@ fn run(
     }
     // Ctrl-C reaches QEMU as well, and it may be the first to act on it.
     stop_if(interrupted)?;
-    let status = qemu.0.try_wait()?;
-    Ok(end.unwrap_or_else(|| {
-        let status = status
-            .filter(|status| !status.success())
-            .map_or(String::new(), |status| format!(" ({status})"));
-        End::Failed(format!(
-            "the guest ended before its programs were done{status}"
-        ))
-    }))
+    let status = match options.vng {
+        // It is about to end, as nobody holds the console any more. Its status is that of /init.
+        true => Some(qemu.0.wait()?),
+        false => qemu.0.try_wait()?,
+    };
+    let status = status.filter(|status| !status.success());
+    Ok(match (end, status) {
+        (Some(End::Done), Some(status)) if options.vng => {
+            End::Failed(format!("/init was done, and vng says {status}"))
+        }
+        (Some(end), _) => end,
+        (None, status) => {
+            let status = status.map_or(String::new(), |status| format!(" ({status})"));
+            End::Failed(format!(
+                "the guest ended before its programs were done{status}"
+            ))
+        }
+    })
 }
 
 fn stop_if(interrupted: &AtomicBool) -> Result<()> {
@@ -414,18 +429,9 @@ fn stop_if(interrupted: &AtomicBool) -> Result<()> {
 
 fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> Command {
     let mut command = Command::new(&options.qemu);
-    match accel {
-        Accel::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
-        Accel::Counted => command
-            .args(["-accel", "tcg,thread=single", "-icount", "shift=0"])
-            .args(["-cpu", "max,+svm,+npt"]),
-        Accel::Auto | Accel::Tcg => {
-            command.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"])
-        }
-    };
+    command.args(processor(accel));
     let node = options.memory / 2;
-    // Nodes need sockets, else the kernel warns of the topology.
-    command.args(["-smp", "4,sockets=2,cores=2,threads=1"]);
+    command.args(["-smp", TOPOLOGY]);
     command.args(["-m", &format!("{}M", node * 2)]);
     let (mut machine, nodes) = match options.tiers {
         false => ("q35".to_string(), ["cpus=0-1", "cpus=2-3"]),
@@ -464,11 +470,7 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
         command.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
         command.args(["-device", "edu"]);
     }
-    let share = results.display().to_string().replace(',', ",,");
-    command.args([
-        "-virtfs",
-        &format!("local,path={share},mount_tag=results,security_model=none,multidevs=remap"),
-    ]);
+    command.args(["-virtfs", &results_share(results)]);
     if let Some(root) = &options.share_root {
         let root = root.display().to_string().replace(',', ",,");
         command.args([
@@ -504,6 +506,84 @@ fn command(options: &Options, accel: Accel, arguments: &str, results: &Path) -> 
         "none",
     ]);
     command.args(["-serial", "stdio", "-no-reboot"]);
+    supervised(command)
+}
+
+/// The same machine as virtme-ng makes it, which boots the root folder that this runs in; there, /init runs in a chroot.
+fn virtme(options: &Options, accel: Accel, arguments: &str, results: &Path) -> Command {
+    // It starts QEMU by way of two other processes: all of them end with this one.
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child"]);
+    // SAFETY: has no preconditions.
+    if unsafe { libc::geteuid() } != 0 {
+        command.args(["--user", "--map-current-user"]);
+    }
+    command.arg("vng").arg("--run").arg(&options.kernel);
+    // 9p, as its virtiofsd needs memory of its own layout; and no modules of the kernel's, which are looked for beside it.
+    command.args(["--force-9p", "--skip-modules", "--verbose"]);
+    if accel != Accel::Kvm {
+        command.arg("--disable-kvm");
+    }
+    let node = options.memory / 2;
+    command.args(["--cpus", TOPOLOGY]);
+    command.args(["--memory", &format!("{}M", node * 2)]);
+    for cpus in ["0-1", "2-3"] {
+        command.args(["--numa", &format!("{node}M,cpus={cpus}")]);
+    }
+    if !options.append.is_empty() {
+        command.args(["--append", &options.append]);
+    }
+    // Hardware KVM it asks for itself.
+    let mut more = match accel {
+        Accel::Kvm => String::new(),
+        _ => processor(accel).join(" "),
+    };
+    more += &format!(" -virtfs {}", results_share(results));
+    command.arg(format!("--qemu-opts={more}"));
+    command.arg("--exec").arg(format!(
+        "cd $(mktemp -d) && cpio --extract --quiet --io-size=1048576 <'{}' && exec chroot . /init --chroot --run {arguments}",
+        options.initrd.display()
+    ));
+    // SAFETY: dup2() is async-signal-safe and touches no memory.
+    unsafe {
+        // The kernel's part of the console comes on standard error.
+        command.pre_exec(
+            || match libc::dup2(libc::STDOUT_FILENO, libc::STDERR_FILENO) {
+                0.. => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            },
+        );
+    }
+    supervised(command)
+}
+
+/// Nodes need sockets, else the kernel warns of the topology.
+const TOPOLOGY: &str = "4,sockets=2,cores=2,threads=1";
+
+/// QEMU's arguments for the processors.
+fn processor(accel: Accel) -> &'static [&'static str] {
+    match accel {
+        Accel::Kvm => &["-accel", "kvm", "-cpu", "host"],
+        Accel::Counted => &[
+            "-accel",
+            "tcg,thread=single",
+            "-icount",
+            "shift=0",
+            "-cpu",
+            "max,+svm,+npt",
+        ],
+        Accel::Auto | Accel::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"],
+    }
+}
+
+/// What QEMU's `-virtfs` is told for the results to leave the guest.
+fn results_share(results: &Path) -> String {
+    let path = results.display().to_string().replace(',', ",,");
+    format!("local,path={path},mount_tag=results,security_model=none,multidevs=remap")
+}
+
+/// The command, heard by this process and ended with it.
+fn supervised(mut command: Command) -> Command {
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     // SAFETY: prctl() is async-signal-safe and this call touches no memory.
     unsafe {
@@ -750,6 +830,7 @@ mod tests {
             tiers: false,
             device: false,
             share_root: None,
+            vng: false,
             strict: false,
             may_fail: None,
             qemu,
