@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What a machine must have for a test, and what to say where it has not; only looks.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A file that a test cannot do without.
 pub struct Need {
@@ -91,6 +91,16 @@ pub fn missing<'a>(needs: impl IntoIterator<Item = &'a Need>) -> Option<String> 
     gone.map(|need| format!("no {}: needs {}", need.path, need.remedy))
 }
 
+/// The file `name` beside this program, as the kernel's own runner has it; else where the test guest has it.
+pub fn beside(name: &str, in_guest: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap_or_default();
+    let beside = own.with_file_name(name);
+    match beside.exists() {
+        true => beside,
+        false => in_guest.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,5 +112,13 @@ mod tests {
         assert_eq!(missing([&there]), None);
         let named = Some("no /proc/no-such: needs CONFIG_X".into());
         assert_eq!(missing([&there, &gone, &need("/proc/none", "")]), named);
+    }
+
+    #[test]
+    fn what_is_installed_beside_the_program_comes_first() {
+        let own = std::env::current_exe().unwrap();
+        let name = own.file_name().unwrap().to_str().unwrap();
+        assert_eq!(beside(name, "/elsewhere"), own);
+        assert_eq!(beside("no-such", "/elsewhere"), Path::new("/elsewhere"));
     }
 }

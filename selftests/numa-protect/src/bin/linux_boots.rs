@@ -56,7 +56,7 @@ struct Args {
     #[arg(long, default_value = ".")]
     results: PathBuf,
     /// The guest's kernel, a bzImage with a serial console and an initramfs.
-    #[arg(long, default_value = "/guest/bzImage")]
+    #[arg(long, default_value_os_t = needs::beside("bzImage", "/guest/bzImage"))]
     kernel: PathBuf,
     /// Boots in each group.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]

@@ -39,10 +39,10 @@ struct Args {
     #[arg(long, default_value = "")]
     only: String,
     /// The module, for the tests that load it.
-    #[arg(long, default_value = "/mmu_notifier_trace.ko")]
+    #[arg(long, default_value_os_t = needs::beside("mmu_notifier_trace.ko", "/mmu_notifier_trace.ko"))]
     module: PathBuf,
     /// The tool, for the tests that run it.
-    #[arg(long, default_value = "/bin/mmu-notifier-trace")]
+    #[arg(long, default_value_os_t = needs::beside("mmu-notifier-trace", "/bin/mmu-notifier-trace"))]
     tool: PathBuf,
     /// How long every CPU is kept busy with what is recorded, in seconds.
     #[arg(long, default_value_t = 2)]
