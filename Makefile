@@ -3,14 +3,15 @@
 # goes to build/, what is fetched to the cache folder ($XDG_CACHE_HOME, ~/.cache).
 #
 # Variables: KSRC=/path a kernel source tree of your own (only read), KDIR=/path a kernel build of your own for
-# `modules`, LLVM=1 for clang, V=1 the whole output, ACCEL=tcg|kvm|counted|auto, TESTS="PROGRAM[,ARG...]", JOBS=N.
+# `modules`, LLVM=1 for clang, V=1 the whole output, ACCEL=tcg|kvm|counted|auto, RUNNER=vng for virtme-ng,
+# TESTS="PROGRAM[,ARG...]", JOBS=N.
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 
-export ARCH LLVM V KSRC KDIR TESTS ACCEL JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256 INSTALL_PATH
+export ARCH LLVM V KSRC KDIR TESTS ACCEL RUNNER JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256 INSTALL_PATH URL
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
@@ -103,10 +104,13 @@ checkpatch: ## checkpatch.pl --strict on every patch
 kselftest-install: selftests ## The tests as a collection for the kernel's own runner, in INSTALL_PATH=, to be copied to a machine with the patched kernel
 	@scripts/kselftest-install
 
+lab: modules selftests ## What a LAVA lab takes, in build/lab: kernel, tests, root file system, job, which tuxrun runs here (URL=: it is for a lab, where these files are there; TESTS="numa_notify:NAME ...")
+	@scripts/lab $(TESTS)
+
 clean: ## Remove what was built; kernel trees with changes of your own are kept
 	@scripts/clean
 
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-kselftest kselftest-install test-arches kernels modules selftests boot bench-recorder compare report patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-kselftest kselftest-install lab test-arches kernels modules selftests boot bench-recorder compare report patches-apply patches-export checkpatch clean distclean
