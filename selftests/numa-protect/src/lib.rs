@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::{channel, RecvTimeoutError};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
-use guest::ktap::{diagnostic, Outcome};
+use guest::ktap::{diagnostic, Ktap, Outcome};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +54,39 @@ pub fn progress(text: String) {
 pub fn outcome(test: &str, outcome: Outcome) {
     let test = test.into();
     tell(&Message::<()>::Result { test, outcome });
+}
+
+/// A program's end: of the case that is named, which tells its parent what went wrong, or of all of them.
+pub fn end(case: Option<&str>, done: Result<ExitCode>) -> ExitCode {
+    done.unwrap_or_else(|error| {
+        match case {
+            Some(name) => progress(format!("{name}: {error:#}")),
+            None => diagnostic(&format!("{error:#}")),
+        }
+        ExitCode::FAILURE
+    })
+}
+
+/// Has `run` run a case, unless something is `missing`, and prints what came of each of its `tests`.
+pub fn judge<'a>(
+    ktap: &mut Ktap,
+    name: &str,
+    tests: impl IntoIterator<Item = &'a str>,
+    missing: Option<String>,
+    run: impl FnOnce(&mut HashMap<String, Outcome>) -> Result<()>,
+) {
+    let mut outcomes = HashMap::new();
+    let rest = match missing {
+        Some(reason) => Outcome::Skip(reason),
+        None => match run(&mut outcomes) {
+            Ok(()) => Outcome::NotOk("not judged".into()),
+            Err(error) => Outcome::NotOk(format!("{error:#}")),
+        },
+    };
+    for test in tests {
+        let outcome = outcomes.get(test).unwrap_or(&rest);
+        ktap.result(&format!("{name}.{test}"), outcome);
+    }
 }
 
 /// Where each thread of the process `pid` is, and what it is busy with: in the kernel what it waits for, else how it spends

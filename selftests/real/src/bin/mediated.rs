@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use guest::access::{Access, Path};
 use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
-use guest::ktap::{diagnostic, Ktap, Outcome};
+use guest::ktap::{Ktap, Outcome};
 use guest::memcg::{self, Memcg, Source};
 use guest::memory::{Backing, GuestMemory, Pinned, HUGE_PAGE};
 use guest::needs::{self, Need};
@@ -135,13 +135,7 @@ fn main() -> ExitCode {
         Some(name) => run_child(name, &args).map(|()| ExitCode::SUCCESS),
         None => run(&args),
     };
-    done.unwrap_or_else(|error| {
-        match &args.child {
-            Some(name) => child::progress(format!("{name}: {error:#}")),
-            None => diagnostic(&format!("{error:#}")),
-        }
-        ExitCode::FAILURE
-    })
+    child::end(args.child.as_deref(), done)
 }
 
 fn run(args: &Args) -> Result<ExitCode> {
@@ -156,19 +150,12 @@ fn run(args: &Args) -> Result<ExitCode> {
     };
     for backing in BACKINGS {
         let name = backing.name();
-        let mut outcomes = HashMap::new();
         let thp = needs::missing((backing == Backing::Thp).then_some(&needs::THP));
-        let rest = match missing.clone().or(thp) {
-            Some(reason) => Outcome::Skip(reason),
-            None => match run_case(name, args, &mut outcomes) {
-                Ok(()) => Outcome::NotOk("not judged".into()),
-                Err(error) => Outcome::NotOk(format!("{error:#}")),
-            },
-        };
-        for (test, _) in TESTS {
-            let outcome = outcomes.get(*test).unwrap_or(&rest);
-            ktap.result(&format!("mediated.{name}.{test}"), outcome);
-        }
+        let tests = TESTS.iter().map(|(test, _)| *test);
+        let (case, missing) = (format!("mediated.{name}"), missing.clone().or(thp));
+        child::judge(&mut ktap, &case, tests, missing, |outcomes| {
+            run_case(name, args, outcomes)
+        });
     }
     drop(settings);
     Ok(ktap.finish())

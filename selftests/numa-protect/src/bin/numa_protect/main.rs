@@ -91,22 +91,11 @@ struct Output {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    if let Some(name) = &args.child {
-        return match run_child(name, &args) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                child::progress(format!("{name}: {error:#}"));
-                ExitCode::FAILURE
-            }
-        };
-    }
-    match run(&args) {
-        Ok(code) => code,
-        Err(error) => {
-            diagnostic(&format!("{error:#}"));
-            ExitCode::FAILURE
-        }
-    }
+    let done = match &args.child {
+        Some(name) => run_child(name, &args).map(|()| ExitCode::SUCCESS),
+        None => run(&args),
+    };
+    child::end(args.child.as_deref(), done)
 }
 
 fn cases() -> Vec<Case> {
@@ -169,23 +158,11 @@ fn run(args: &Args) -> Result<ExitCode> {
     let mut figures = Vec::new();
     for case in cases {
         let name = case.name();
-        let mut outcomes = HashMap::new();
-        let rest = match needs::missing(ALL).or_else(|| missing_for(case, args.pins)) {
-            Some(reason) => Outcome::Skip(reason),
-            None => match run_case(case, args, &mut outcomes) {
-                Ok(one) => {
-                    figures.extend(one);
-                    Outcome::NotOk("not judged".into())
-                }
-                Err(error) => Outcome::NotOk(format!("{error:#}")),
-            },
-        };
-        for test in check::tests(case) {
-            ktap.result(
-                &format!("{name}.{test}"),
-                outcomes.get(test).unwrap_or(&rest),
-            );
-        }
+        let missing = needs::missing(ALL).or_else(|| missing_for(case, args.pins));
+        child::judge(&mut ktap, &name, check::tests(case), missing, |outcomes| {
+            figures.extend(run_case(case, args, outcomes)?);
+            Ok(())
+        });
     }
     drop(settings);
     let output = Output {

@@ -144,13 +144,7 @@ fn main() -> ExitCode {
         Some(name) => run_child(name, &args).map(|()| ExitCode::SUCCESS),
         None => run(&args),
     };
-    done.unwrap_or_else(|error| {
-        match &args.child {
-            Some(name) => child::progress(format!("{name}: {error:#}")),
-            None => diagnostic(&format!("{error:#}")),
-        }
-        ExitCode::FAILURE
-    })
+    child::end(args.child.as_deref(), done)
 }
 
 fn run(args: &Args) -> Result<ExitCode> {

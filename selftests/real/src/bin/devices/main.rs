@@ -16,7 +16,7 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 use clap::Parser;
 use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
-use guest::ktap::{diagnostic, Ktap, Outcome};
+use guest::ktap::{Ktap, Outcome};
 use guest::memcg::{self, Memcg, Source};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::needs::{self, Need};
@@ -120,13 +120,7 @@ fn main() -> ExitCode {
         Some(name) => run_child(name, &args).map(|()| ExitCode::SUCCESS),
         None => run(&args),
     };
-    done.unwrap_or_else(|error| {
-        match &args.child {
-            Some(name) => child::progress(format!("{name}: {error:#}")),
-            None => diagnostic(&format!("{error:#}")),
-        }
-        ExitCode::FAILURE
-    })
+    child::end(args.child.as_deref(), done)
 }
 
 fn cases() -> impl Iterator<Item = (String, Holder, Backing)> {
@@ -149,19 +143,16 @@ fn run(args: &Args) -> Result<ExitCode> {
         Some(_) => None,
     };
     for (name, holder, backing) in cases() {
-        let mut outcomes = HashMap::new();
         let thp = needs::missing((backing == Backing::Thp).then_some(&needs::THP));
-        let rest = match needs::missing(ALL).or(thp).or_else(|| holder.missing()) {
-            Some(reason) => Outcome::Skip(reason),
-            None => match run_case(&name, args, &mut outcomes) {
-                Ok(()) => Outcome::NotOk("not judged".into()),
-                Err(error) => Outcome::NotOk(format!("{error:#}")),
-            },
-        };
-        for (test, _) in TESTS {
-            let outcome = outcomes.get(*test).unwrap_or(&rest);
-            ktap.result(&format!("devices.{name}.{test}"), outcome);
-        }
+        let missing = needs::missing(ALL).or(thp).or_else(|| holder.missing());
+        let tests = TESTS.iter().map(|(test, _)| *test);
+        child::judge(
+            &mut ktap,
+            &format!("devices.{name}"),
+            tests,
+            missing,
+            |outcomes| run_case(&name, args, outcomes),
+        );
     }
     drop(settings);
     Ok(ktap.finish())
