@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How often a tracepoint fired or a function ran, also by its arguments or its callers, or all that some tracepoints say, by a
-//! tracefs instance of its own, which is removed in the end.
+//! How often a tracepoint fired or a function ran, also by its arguments or its callers, or all that some tracepoints say,
+//! by a tracefs instance of its own, which is removed in the end.
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a guest that boots Linux does there: its only program writes to memory, says what it wrote, and restarts the machine.
+//! What a guest that boots Linux does there: its only program writes to memory, says what it wrote, and restarts the
+//! machine.
 
 use std::process::ExitCode;
 

@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 /// Where [`share`] goes.
 pub const ROOT: &str = "/root";
 
-/// Mounts the 9p share `root`, the host's toolchain root, and what a root file system has below it, for programs that are run in
-/// it. Once only.
+/// Mounts the 9p share `root`, the host's toolchain root, and what a root file system has below it, for programs that are
+/// run in it. Once only.
 pub fn share() -> Result<()> {
     mount(
         "root",

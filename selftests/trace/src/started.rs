@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A command that waits before its first instruction, so that the recorder can be attached to it; starts and ends that alone.
+//! A command that waits before its first instruction, so that the recorder can be attached to it; starts and ends that
+//! alone.
 
 use std::io;
 use std::os::unix::process::CommandExt;
