@@ -73,8 +73,8 @@ struct Args {
     /// Guest memory in MiB, a multiple of 2.
     #[arg(long, default_value_t = 96, value_parser = clap::value_parser!(u32).range(64..=2046))]
     memory: u32,
-    /// How often the guest writes to each page of a quarter of its memory.
-    #[arg(long, default_value_t = 2)]
+    /// How often the guest writes to each page of a quarter of its memory: for some scans.
+    #[arg(long, default_value_t = 1000)]
     passes: u64,
     /// Time from one scan to the next in milliseconds.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(100..=10_000))]
