@@ -2,7 +2,6 @@
 //! Mounts file systems in the test guest; makes the folders to mount on.
 
 use std::ffi::CString;
-use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::{fs, io};
 
@@ -33,16 +32,7 @@ pub fn share() -> Result<()> {
         mount(kind, &format!("{ROOT}/{at}"), kind, "")?;
     }
     fs::create_dir_all(Path::new(ROOT).join("dev/shm")).context("dev/shm")?;
-    mount("tmpfs", &format!("{ROOT}/dev/shm"), "tmpfs", "")?;
-    // What devtmpfs alone does not have.
-    for (name, number) in [("stdin", 0), ("stdout", 1), ("stderr", 2)] {
-        let link = Path::new(ROOT).join("dev").join(name);
-        match symlink(format!("/proc/self/fd/{number}"), &link) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            other => other.with_context(|| link.display().to_string())?,
-        }
-    }
-    Ok(())
+    mount("tmpfs", &format!("{ROOT}/dev/shm"), "tmpfs", "")
 }
 
 /// Mounts `source`, a file system of `kind`, at `target`, which is made if it is not there.

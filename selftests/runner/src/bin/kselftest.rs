@@ -5,6 +5,7 @@
 //! Arguments: the folder of `make kselftest-install`, as the share sees it; the script to run there; its arguments.
 
 use std::io;
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -48,6 +49,7 @@ fn main() -> Result<()> {
     }
     let mut folder = args.install;
     if args.copy {
+        standard_streams()?;
         let copy = Path::new("/tmp/install");
         let copied = Command::new("cp").arg("-r").arg(&folder).arg(copy).status();
         ensure!(
@@ -65,4 +67,16 @@ fn main() -> Result<()> {
         .env("HOME", "/tmp")
         .exec();
     Err(error).with_context(|| args.script.display().to_string())
+}
+
+/// Makes what devtmpfs alone does not have, and kselftest's runner writes to what a test prints.
+fn standard_streams() -> Result<()> {
+    for (name, number) in [("stdin", 0), ("stdout", 1), ("stderr", 2)] {
+        let link = Path::new("/dev").join(name);
+        match symlink(format!("/proc/self/fd/{number}"), &link) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => other.with_context(|| link.display().to_string())?,
+        }
+    }
+    Ok(())
 }
