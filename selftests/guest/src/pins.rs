@@ -215,7 +215,7 @@ impl Device {
     /// Lets it reach memory.
     fn master(&self) {
         const COMMAND: u64 = 4;
-        const MEMORY_AND_MASTER: u16 = 1 << 1 | 1 << 2;
+        const MEMORY_AND_MASTER: u16 = (1 << 1) | (1 << 2);
         let mut command = [0; 2];
         let config = VFIO_PCI_CONFIG_REGION_INDEX;
         self.device.region_read(config, &mut command, COMMAND);
