@@ -48,8 +48,8 @@ const ALL: &[Need] = &[
 /// The longest that a boot may take, and how often its process gives a sign of life.
 const LIMIT: Duration = Duration::from_secs(300);
 const SIGN: Duration = Duration::from_secs(20);
-/// Scans of a process with a VM in it, at the least.
-const SCANS: u64 = 2;
+/// Scans of a whole process with a VM in it, at the least: a boot is over after some.
+const SCANS: u64 = 1;
 /// Where the guest's files are, below the root directory that the VMM is given.
 const FOLDER: &str = "/tmp/vmm";
 /// No messages but errors, which end the guest's kernel; a restart by a triple fault, which any machine knows.
