@@ -28,7 +28,7 @@ use vm_superio::Trigger;
 
 use crate::memory::GuestMemory;
 use crate::stats::Stats;
-use crate::vm::{create_vcpu, Fd, TSS_ADDRESS};
+use crate::vm::{create_vcpu, create_vm, Fd, TSS_ADDRESS};
 use crate::{balancing, PAGE};
 
 /// Where the boot parameters and the command line go, below the end of conventional memory.
@@ -72,7 +72,7 @@ impl Linux {
         let entry = load(memory, kernel, initramfs, command_line)
             .with_context(|| format!("load {} into guest memory", kernel.display()))?;
         let kvm = Kvm::new().context("/dev/kvm: is CONFIG_KVM set, for this processor?")?;
-        let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
+        let vm = create_vm(&kvm)?;
         vm.set_tss_address(TSS_ADDRESS)
             .context("KVM_SET_TSS_ADDR")?;
         vm.create_irq_chip()

@@ -184,6 +184,16 @@ pub struct Vm {
     vm: VmFd,
 }
 
+/// A machine without anything. Asks again where the kernel, which takes many locks for it, was interrupted.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => continue,
+            made => return made.context("KVM_CREATE_VM"),
+        }
+    }
+}
+
 impl Vm {
     /// Makes a VM of `memory` with one vCPU for each of `cpus`, whose thread runs on that CPU only.
     pub fn new(memory: &Arc<GuestMemory>, cpus: &[usize]) -> Result<Vm> {
@@ -196,7 +206,7 @@ impl Vm {
             bail!("{} bytes of guest memory: at most 2046 MiB", memory.size());
         }
         let kvm = Kvm::new().context("/dev/kvm: is CONFIG_KVM set, for this processor?")?;
-        let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
+        let vm = create_vm(&kvm)?;
         vm.set_tss_address(TSS_ADDRESS)
             .context("KVM_SET_TSS_ADDR")?;
         let program = Arc::new(Program::new()?);
