@@ -119,7 +119,7 @@ pub struct Histogram {
     instance: PathBuf,
     event: String,
     /// Goes after the instance.
-    _probe: Option<Probe>,
+    probe: Option<Probe>,
 }
 
 /// What had the same keys.
@@ -158,7 +158,7 @@ impl Histogram {
         let histogram = Histogram {
             instance: instance(&format!("{GROUP}.{}.bins", event.replace('/', ".")))?,
             event,
-            _probe: probe,
+            probe,
         };
         let (path, trigger) = (histogram.path("trigger"), format!("hist:{how}"));
         append(&path, &trigger).with_context(|| format!("{}: {trigger}", path.display()))?;
@@ -171,7 +171,7 @@ impl Histogram {
 
     /// What has been counted so far. Fails if anything was not.
     pub fn read(&self) -> Result<Vec<Bin>> {
-        if self._probe.is_some() {
+        if self.probe.is_some() {
             all_hit(&self.event)?;
         }
         let path = self.path("hist");

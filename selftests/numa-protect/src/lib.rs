@@ -89,6 +89,17 @@ pub fn judge<'a>(
     }
 }
 
+/// Adds to what came of a test so far what was `heard` of it in boot `number`, or else `rest`: the first failure stays.
+pub fn merge(merged: &mut Outcome, number: u32, heard: Option<Outcome>, rest: &str) {
+    if *merged == Outcome::Ok {
+        *merged = match heard {
+            Some(Outcome::NotOk(reason)) => Outcome::NotOk(format!("boot {number}: {reason}")),
+            Some(other) => other,
+            None => Outcome::NotOk(format!("boot {number}: {rest}")),
+        };
+    }
+}
+
 /// Where each thread of the process `pid` is, and what it is busy with: in the kernel what it waits for, else how it spends
 /// a second, and what KVM counts in it.
 fn show_threads(name: &str, pid: u32) {

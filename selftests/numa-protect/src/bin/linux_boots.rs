@@ -305,15 +305,7 @@ fn boot_group(pinned: Pinned, args: &Args, boots: &mut Vec<Boot>) -> Vec<Outcome
             Err(error) => format!("{error:#}"),
         };
         for (test, merged) in tests(pinned).iter().zip(&mut merged) {
-            if *merged == Outcome::Ok {
-                *merged = match outcomes.remove(*test) {
-                    Some(Outcome::NotOk(reason)) => {
-                        Outcome::NotOk(format!("boot {number}: {reason}"))
-                    }
-                    Some(other) => other,
-                    None => Outcome::NotOk(format!("boot {number}: {rest}")),
-                };
-            }
+            child::merge(merged, number, outcomes.remove(*test), &rest);
         }
         match ended {
             Ok(boot) => boots.extend(boot),

@@ -438,15 +438,7 @@ fn boot_case(case: Case, root: Option<&Path>, args: &Args, boots: &mut Vec<Boot>
             Err(error) => format!("{error:#}"),
         };
         for ((test, ..), merged) in tests(case).zip(&mut merged) {
-            if *merged == Outcome::Ok {
-                *merged = match outcomes.remove(*test) {
-                    Some(Outcome::NotOk(reason)) => {
-                        Outcome::NotOk(format!("boot {number}: {reason}"))
-                    }
-                    Some(other) => other,
-                    None => Outcome::NotOk(format!("boot {number}: {rest}")),
-                };
-            }
+            child::merge(merged, number, outcomes.remove(*test), &rest);
         }
         match ended {
             Ok(boot) => boots.extend(boot),
