@@ -267,9 +267,21 @@ impl Events {
 
     /// Writes them to `path`, one a line, behind `heading`.
     pub fn save(&self, heading: &str, path: &Path) -> Result<()> {
+        fs::write(path, format!("{heading}\n{}", self.text()?))
+            .with_context(|| path.display().to_string())
+    }
+
+    /// The newest `count` of them, one a line, the oldest first.
+    pub fn last(&self, count: usize) -> Result<Vec<String>> {
+        let text = self.text()?;
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let newest = &lines[lines.len().saturating_sub(count)..];
+        Ok(newest.iter().map(|line| line.trim().into()).collect())
+    }
+
+    fn text(&self) -> Result<String> {
         let trace = self.instance.join("trace");
-        let text = fs::read_to_string(&trace).with_context(|| trace.display().to_string())?;
-        fs::write(path, format!("{heading}\n{text}")).with_context(|| path.display().to_string())
+        fs::read_to_string(&trace).with_context(|| trace.display().to_string())
     }
 }
 

@@ -14,11 +14,14 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use guest::ktap::{diagnostic, Ktap, Outcome};
+use guest::tracefs::Events;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// A case that says nothing for so long is stopped.
 const SILENCE: Duration = Duration::from_secs(60);
+/// How many events of KVM are shown of it.
+const KVM_EVENTS: usize = 40;
 
 /// What a case tells its parent, one JSON object a line. `F` is what it measured, where its parent wants to know.
 #[derive(Serialize, Deserialize)]
@@ -101,7 +104,7 @@ pub fn merge(merged: &mut Outcome, number: u32, heard: Option<Outcome>, rest: &s
 }
 
 /// Where each thread of the process `pid` is, and what it is busy with: in the kernel what it waits for, else how it spends
-/// a second, and what KVM counts in it.
+/// a second, and what KVM counts in it and does after it.
 fn show_threads(name: &str, pid: u32) {
     let before = (times(pid), kvm_counters(pid));
     std::thread::sleep(Duration::from_secs(1));
@@ -128,6 +131,16 @@ fn show_threads(name: &str, pid: u32) {
             diagnostic(&format!("{name}: {}: {more} more", counter.display()));
         }
     }
+    for line in kvm_events().unwrap_or_else(|error| vec![format!("no trace of KVM: {error:#}")]) {
+        diagnostic(&format!("{name}: {line}"));
+    }
+}
+
+/// The last of what KVM did, of all VMs: a vCPU that does not come back from it says nothing else.
+fn kvm_events() -> Result<Vec<String>> {
+    let events = Events::collect(&["kvm"], &[])?;
+    std::thread::sleep(Duration::from_millis(50));
+    events.last(KVM_EVENTS)
 }
 
 /// By thread of the process `pid`: its name, its state, and its time in user mode, in the kernel and in a guest so far, in
