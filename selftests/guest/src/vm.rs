@@ -71,6 +71,8 @@ const REFUSAL: Duration = Duration::from_secs(30);
 /// Of `linux/kvm.h`: user space may map it, and need not share it with the guest explicitly.
 const GUEST_MEMFD_FLAG_MMAP: u64 = 1 << 0;
 const GUEST_MEMFD_FLAG_INIT_SHARED: u64 = 1 << 1;
+/// Of `linux/kvm.h` with the series `numa-page-tables`.
+const KVM_CAP_X86_NUMA_PAGE_TABLES: u32 = 252;
 /// Of `asm/kvm_para.h`: where KVM keeps the vCPU's clock, and the bit that says that it shall.
 const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
 const KVM_MSR_ENABLED: u64 = 1;
@@ -194,6 +196,37 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     }
 }
 
+/// Whether this KVM has `KVM_CAP_X86_NUMA_PAGE_TABLES` (Documentation/virt/kvm/api.rst of the series `numa-page-tables`).
+pub fn has_numa_page_tables() -> Result<bool> {
+    let kvm = Kvm::new().context("/dev/kvm")?;
+    Ok(kvm.check_extension_raw(KVM_CAP_X86_NUMA_PAGE_TABLES.into()) > 0)
+}
+
+/// What comes of asking a machine for it, given this argument, and with a vCPU or without: the error's number.
+pub fn ask_for_numa_page_tables(
+    argument: u64,
+    vcpu: bool,
+    times: usize,
+) -> Result<Vec<Option<i32>>> {
+    let kvm = Kvm::new().context("/dev/kvm")?;
+    let vm = create_vm(&kvm)?;
+    let _vcpu = vcpu.then(|| create_vcpu(&vm, 0)).transpose()?;
+    let ask = |_| {
+        enable_numa_page_tables(&vm, argument)
+            .err()
+            .map(|error| error.errno())
+    };
+    Ok((0..times).map(ask).collect())
+}
+
+fn enable_numa_page_tables(vm: &VmFd, argument: u64) -> Result<(), kvm_ioctls::Error> {
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_X86_NUMA_PAGE_TABLES,
+        args: [argument, 0, 0, 0],
+        ..Default::default()
+    })
+}
+
 impl Vm {
     /// Makes a VM of `memory` with one vCPU for each of `cpus`, whose thread runs on that CPU only.
     pub fn new(memory: &Arc<GuestMemory>, cpus: &[usize]) -> Result<Vm> {
@@ -202,11 +235,28 @@ impl Vm {
 
     /// The same, and says what the vCPUs do where memory is missing.
     pub fn with(memory: &Arc<GuestMemory>, cpus: &[usize], faults: Faults) -> Result<Vm> {
+        Vm::prepared(memory, cpus, faults, |_| Ok(()))
+    }
+
+    /// Makes a VM whose page tables are wanted on the node of the memory that they map.
+    pub fn with_numa_page_tables(memory: &Arc<GuestMemory>, cpus: &[usize]) -> Result<Vm> {
+        Vm::prepared(memory, cpus, Faults::Fatal, |vm| {
+            enable_numa_page_tables(vm, 0).context("KVM_CAP_X86_NUMA_PAGE_TABLES")
+        })
+    }
+
+    fn prepared(
+        memory: &Arc<GuestMemory>,
+        cpus: &[usize],
+        faults: Faults,
+        prepare: impl FnOnce(&VmFd) -> Result<()>,
+    ) -> Result<Vm> {
         if memory.size() > TSS_ADDRESS / 2 {
             bail!("{} bytes of guest memory: at most 2046 MiB", memory.size());
         }
         let kvm = Kvm::new().context("/dev/kvm: is CONFIG_KVM set, for this processor?")?;
         let vm = create_vm(&kvm)?;
+        prepare(&vm)?;
         vm.set_tss_address(TSS_ADDRESS)
             .context("KVM_SET_TSS_ADDR")?;
         let program = Arc::new(Program::new()?);
