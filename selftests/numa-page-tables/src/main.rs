@@ -5,6 +5,8 @@
 //! The kernel counts page tables of KVM by node (`SecPageTables` in each node's meminfo). Nothing else makes any on this
 //! machine while a case runs, so what a VM adds is its own. NUMA balancing is off meanwhile. Prints KTAP.
 
+mod full;
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -98,6 +100,8 @@ const ASKED: &[(&str, Judge)] = &[
     }),
     ("bounded", bounded),
 ];
+/// Those of page tables that are replaced.
+const FOLLOWING: [&str; 2] = ["followed", "counted"];
 const NOT_ASKED: &[(&str, Judge)] = &[
     ("as_ever", |seen| {
         share("on node 0", seen.first.cpu_node, seen.leaves, PLACED)?;
@@ -149,7 +153,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         .into_iter()
         .flat_map(|backing| [true, false].map(|asked| Case { backing, asked }));
     let tests = |case: Case| if case.asked { ASKED } else { NOT_ASKED };
-    let mut ktap = Ktap::start(cases.clone().map(|case| tests(case).len()).sum::<usize>() + 2);
+    let mut ktap = Ktap::start(cases.clone().map(|case| tests(case).len()).sum::<usize>() + 3);
     let missing = needs::missing(ALL);
     let has = missing.is_none() && vm::has_numa_page_tables()?;
     // Balancing is off: memory stays where it is put.
@@ -164,6 +168,9 @@ fn run(args: &Args) -> Result<ExitCode> {
         for (test, judge) in tests(case) {
             let outcome = match &seen {
                 Err(outcome) => outcome.clone(),
+                Ok(_) if !vm::nested_paging() && FOLLOWING.contains(test) => {
+                    Outcome::Skip("needs nested paging: shadow page tables do not follow".into())
+                }
                 Ok(seen) => judged(judge(seen)),
             };
             ktap.result(&format!("placement.{}.{test}", case.name()), &outcome);
@@ -178,6 +185,11 @@ fn run(args: &Args) -> Result<ExitCode> {
         None => judged(same_total(&all)),
     };
     ktap.result("placement.same_total", &same);
+    let fallen = match missing.clone() {
+        Some(reason) => Outcome::Skip(reason),
+        None => judged(falls_back(has, args)?),
+    };
+    ktap.result("placement.falls_back", &fallen);
     let refused = match missing {
         Some(reason) => Outcome::Skip(reason),
         None => judged(refuses()?),
@@ -298,6 +310,36 @@ fn measure(case: Case, has: bool, args: &Args) -> Result<Seen> {
         left: left.cpu_node + left.memory_node,
         ..seen
     })
+}
+
+/// Whether page tables are allocated elsewhere, and counted, where their node has no memory left.
+fn falls_back(has: bool, args: &Args) -> Result<Result<(), String>> {
+    if !has {
+        return Ok(Err("no KVM_CAP_X86_NUMA_PAGE_TABLES".into()));
+    }
+    let size = (args.memory as usize) << 20;
+    let memory = GuestMemory::new(Backing::Anon, Pinned::None, size, MEMORY_NODE)?;
+    let memory = Arc::new(memory);
+    let before = tables()?;
+    let full = full::fill(MEMORY_NODE)?;
+    let vm = Vm::with_numa_page_tables(&memory, &balancing::vcpu_cpus(1)?)?;
+    let whole = Sweep {
+        first: 0,
+        stride: 1,
+        count: memory.pages(),
+    };
+    vm.pass(0, whole)?;
+    let remote = vm.vcpu_stat("pf_table_remote")?;
+    let elsewhere = tables()?.cpu_node.saturating_sub(before.cpu_node);
+    drop(full);
+    let leaves = memory.pages() as u64 / ENTRIES;
+    let counted = share("on node 0", elsewhere, leaves, FOLLOWED).and(share(
+        "counted as elsewhere",
+        remote,
+        leaves,
+        FOLLOWED,
+    ));
+    Ok(counted)
 }
 
 /// Faults that led to nothing, and so were taken again.

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A node without memory for the kernel; takes what is free there, and raises `vm.min_free_kbytes`, until dropped.
+
+use std::{fs, io, ptr};
+
+use anyhow::{bail, Context, Result};
+
+const RESERVE: &str = "/proc/sys/vm/min_free_kbytes";
+/// How much is taken at a time: a huge page goes in.
+const CHUNK: usize = 8 << 20;
+
+/// What keeps it so.
+pub struct Full {
+    taken: Vec<*mut libc::c_void>,
+    reserve: String,
+}
+
+/// Takes the memory of `node`, as far as the kernel gives it without looking for more. What it keeps for itself, it keeps
+/// from then on.
+pub fn fill(node: usize) -> Result<Full> {
+    let reserve = fs::read_to_string(RESERVE).context(RESERVE)?;
+    let mut full = Full {
+        taken: Vec::new(),
+        reserve,
+    };
+    loop {
+        let before = free(node)?;
+        full.take(node)?;
+        if free(node)? + (CHUNK as u64 / 2048) > before {
+            break;
+        }
+    }
+    // Allocations that may not sleep get all but this.
+    let more = 4 * free(node)?;
+    fs::write(RESERVE, more.to_string()).context(RESERVE)?;
+    Ok(full)
+}
+
+impl Full {
+    fn take(&mut self, node: usize) -> Result<()> {
+        let nodes: libc::c_ulong = 1 << node;
+        // SAFETY: a new mapping, whose policy is set and which is written to, within its bounds.
+        unsafe {
+            let chunk = libc::mmap(
+                ptr::null_mut(),
+                CHUNK,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if chunk == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error()).context("map memory to fill a node");
+            }
+            self.taken.push(chunk);
+            let bits = libc::c_ulong::BITS as libc::c_ulong;
+            if libc::syscall(
+                libc::SYS_mbind,
+                chunk,
+                CHUNK,
+                libc::MPOL_PREFERRED,
+                &nodes,
+                bits,
+                0,
+            ) != 0
+            {
+                return Err(io::Error::last_os_error()).context("mbind()");
+            }
+            ptr::write_bytes(chunk.cast::<u8>(), 1, CHUNK);
+        }
+        if self.taken.len() * CHUNK > 64 << 30 {
+            bail!("node {node} is not full after 64 GiB");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(RESERVE, self.reserve.trim()) {
+            eprintln!("{RESERVE}: not put back: {error}");
+        }
+        for chunk in &self.taken {
+            // SAFETY: our own mapping, which nobody else knows.
+            unsafe { libc::munmap(*chunk, CHUNK) };
+        }
+    }
+}
+
+/// Memory that is free on `node`, in KiB.
+fn free(node: usize) -> Result<u64> {
+    let path = format!("/sys/devices/system/node/node{node}/meminfo");
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let line = text.lines().find(|line| line.contains("MemFree:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
+    kib.with_context(|| format!("{path}: no MemFree"))
+}
