@@ -3,7 +3,7 @@
 
 use std::{fs, io, ptr};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 
 const RESERVE: &str = "/proc/sys/vm/min_free_kbytes";
 /// How much is taken at a time: a huge page goes in.
@@ -23,15 +23,21 @@ pub fn fill(node: usize) -> Result<Full> {
         taken: Vec::new(),
         reserve,
     };
-    loop {
-        let before = free(node)?;
+    // What others free meanwhile makes a chunk look as if it came from elsewhere.
+    let mut elsewhere = 0;
+    while elsewhere < 4 {
+        let before = kib(node, "MemFree:")?;
         full.take(node)?;
-        if free(node)? + (CHUNK as u64 / 2048) > before {
-            break;
-        }
+        let is_from_node = kib(node, "MemFree:")? + (CHUNK as u64 / 2048) <= before;
+        elsewhere = if is_from_node { 0 } else { elsewhere + 1 };
     }
+    let (free, total) = (kib(node, "MemFree:")?, kib(node, "MemTotal:")?);
+    ensure!(
+        free <= total / 16,
+        "node {node} has {free} KiB free that are not given"
+    );
     // Allocations that may not sleep get all but this.
-    let more = 4 * free(node)?;
+    let more = 4 * free;
     fs::write(RESERVE, more.to_string()).context(RESERVE)?;
     Ok(full)
 }
@@ -87,11 +93,11 @@ impl Drop for Full {
     }
 }
 
-/// Memory that is free on `node`, in KiB.
-fn free(node: usize) -> Result<u64> {
+/// What its meminfo says of `node`, in KiB.
+fn kib(node: usize, what: &str) -> Result<u64> {
     let path = format!("/sys/devices/system/node/node{node}/meminfo");
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    let line = text.lines().find(|line| line.contains("MemFree:"));
+    let line = text.lines().find(|line| line.contains(what));
     let kib = line.and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
-    kib.with_context(|| format!("{path}: no MemFree"))
+    kib.with_context(|| format!("{path}: no {what}"))
 }

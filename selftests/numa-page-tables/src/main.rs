@@ -160,8 +160,13 @@ fn run(args: &Args) -> Result<ExitCode> {
     let _settings = missing.is_none().then(Settings::fast).transpose()?;
     let mut all = Vec::new();
     for case in cases {
-        let thp = || needs::missing((case.backing == Backing::Thp).then_some(&needs::THP));
-        let seen = match missing.clone().or_else(thp) {
+        let is_thp = case.backing == Backing::Thp;
+        let thp = || needs::missing(is_thp.then_some(&needs::THP));
+        let split = || {
+            let why = "needs nested paging: else KVM does not split huge pages when logging begins";
+            (is_thp && !vm::nested_paging()).then(|| why.to_string())
+        };
+        let seen = match missing.clone().or_else(thp).or_else(split) {
             Some(reason) => Err(Outcome::Skip(reason)),
             None => measure(case, has, args).map_err(|error| Outcome::NotOk(format!("{error:#}"))),
         };
