@@ -94,7 +94,7 @@ impl Drop for Full {
 }
 
 /// What its meminfo says of `node`, in KiB.
-fn kib(node: usize, what: &str) -> Result<u64> {
+pub fn kib(node: usize, what: &str) -> Result<u64> {
     let path = format!("/sys/devices/system/node/node{node}/meminfo");
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
     let line = text.lines().find(|line| line.contains(what));

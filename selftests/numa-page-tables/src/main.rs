@@ -185,21 +185,16 @@ fn run(args: &Args) -> Result<ExitCode> {
             all.push(seen);
         }
     }
-    let same = match missing.clone() {
-        Some(reason) => Outcome::Skip(reason),
-        None => judged(same_total(&all)),
+    let mut judge_all = |test: &str, judge: &dyn Fn() -> Result<Result<(), String>>| {
+        let outcome = match &missing {
+            Some(reason) => Outcome::Skip(reason.clone()),
+            None => judged(judge().unwrap_or_else(|error| Err(format!("{error:#}")))),
+        };
+        ktap.result(&format!("placement.{test}"), &outcome);
     };
-    ktap.result("placement.same_total", &same);
-    let fallen = match missing.clone() {
-        Some(reason) => Outcome::Skip(reason),
-        None => judged(falls_back(has, args)?),
-    };
-    ktap.result("placement.falls_back", &fallen);
-    let refused = match missing {
-        Some(reason) => Outcome::Skip(reason),
-        None => judged(refuses()?),
-    };
-    ktap.result("placement.capability", &refused);
+    judge_all("same_total", &|| Ok(same_total(&all)));
+    judge_all("falls_back", &|| falls_back(has, args));
+    judge_all("capability", &refuses);
     let path = args.results.join("placement.json");
     fs::write(&path, serde_json::to_string_pretty(&all)? + "\n")
         .with_context(|| path.display().to_string())?;
@@ -229,7 +224,7 @@ fn same_total(all: &[Seen]) -> Result<(), String> {
 
 /// Whether the capability is refused where it must be, and is not where it need not.
 fn refuses() -> Result<Result<(), String>> {
-    const EINVAL: Option<i32> = Some(22);
+    const EINVAL: Option<i32> = Some(libc::EINVAL);
     let seen = [
         vm::ask_for_numa_page_tables(0, false, 2)?,
         vm::ask_for_numa_page_tables(1, false, 1)?,
@@ -359,13 +354,7 @@ fn tables() -> Result<Tables> {
     // Each CPU keeps some of the count to itself, until asked.
     const REFRESH: &str = "/proc/sys/vm/stat_refresh";
     fs::write(REFRESH, "1").context(REFRESH)?;
-    let of = |node: usize| -> Result<u64> {
-        let path = format!("/sys/devices/system/node/node{node}/meminfo");
-        let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-        let line = text.lines().find(|line| line.contains("SecPageTables:"));
-        let kib = line.and_then(|line| line.split_whitespace().nth(3)?.parse::<u64>().ok());
-        Ok(kib.with_context(|| format!("{path}: no SecPageTables"))? / 4)
-    };
+    let of = |node| Ok::<_, anyhow::Error>(full::kib(node, "SecPageTables:")? / 4);
     Ok(Tables {
         cpu_node: of(CPU_NODE)?,
         memory_node: of(MEMORY_NODE)?,
