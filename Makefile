@@ -67,9 +67,10 @@ bench-recorder: modules selftests ## What it costs to record a callback, in inst
 	@RESULTS=bench APPEND=tsc=reliable scripts/boot patched /bin/bench-recorder,--cpus=1,--cpus=2,--cpus=4,--steps=4
 	@cat $(BUILD)/patched/bench.counted/bench-recorder.txt $(BUILD)/patched/bench/bench-recorder.txt
 
-test-arches: ## What the series touches, compiled for other architectures and with options off
+test-arches: ## What each of the two series touches, compiled for other architectures and with options off
 	@scripts/kernel-tree unpatched
 	@scripts/arches
+	@scripts/arches numa-page-tables
 
 kernels: ## The unpatched and the patched kernel
 	@scripts/kernel-tree unpatched
