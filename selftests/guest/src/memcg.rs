@@ -61,6 +61,13 @@ pub fn allow_nodes(path: &Path, nodes: &str) -> Result<()> {
     fs::write(&mems, nodes).with_context(|| format!("{}: {nodes}", mems.display()))
 }
 
+/// Memory of the kernel's own that the cgroup at `path` is charged, in bytes.
+pub fn kernel_memory(path: &Path) -> Result<u64> {
+    fold_counters();
+    let path = path.join("memory.stat");
+    field(&path, "kernel").context("memory of the kernel: needs Linux 5.18 or later")
+}
+
 /// Running totals of NUMA balancing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
@@ -82,36 +89,37 @@ pub enum Source {
 
 impl Source {
     /// Reads the counters, exact at the time of the call.
-    ///
-    /// The kernel folds its per-CPU counts into `memory.stat` only once enough changes have come together, so first
-    /// as many are made as it takes, by page faults of this process.
     pub fn read(&self) -> Result<Counters> {
         let path = match self {
             Source::Memcg(path) => {
-                fault_pages(256 + 128 * online_cpus());
+                fold_counters();
                 path.join("memory.stat")
             }
             Source::Vmstat => PathBuf::from("/proc/vmstat"),
         };
-        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let field = |name: &str| {
-            text.lines()
-                .filter_map(|line| line.split_once(' '))
-                .find(|(key, _)| *key == name)
-                .and_then(|(_, value)| value.trim().parse().ok())
-                .with_context(|| {
-                    format!(
-                        "{}: no {name}: is CONFIG_NUMA_BALANCING set?",
-                        path.display()
-                    )
-                })
-        };
+        let field = |name: &str| field(&path, name).context("is CONFIG_NUMA_BALANCING set?");
         Ok(Counters {
             pte_updates: field("numa_pte_updates")?,
             hint_faults: field("numa_hint_faults")?,
             migrated: field("numa_pages_migrated")?,
         })
     }
+}
+
+/// The value of `name` in a file of names and values.
+fn field(path: &Path, name: &str) -> Result<u64> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    let found = lines.find(|(key, _)| *key == name);
+    found
+        .and_then(|(_, value)| value.trim().parse().ok())
+        .with_context(|| format!("{}: no {name}", path.display()))
+}
+
+/// Has the kernel fold its per-CPU counts into `memory.stat`, which it does only once enough changes have come together: makes
+/// as many as it takes, by page faults of this process.
+fn fold_counters() {
+    fault_pages(256 + 128 * online_cpus());
 }
 
 fn online_cpus() -> usize {

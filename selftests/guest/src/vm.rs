@@ -136,6 +136,15 @@ pub struct Sweep {
 }
 
 impl Sweep {
+    /// All `count` pages of guest memory.
+    pub fn all(count: usize) -> Sweep {
+        Sweep {
+            first: 0,
+            stride: 1,
+            count,
+        }
+    }
+
     /// The pages, in order.
     pub fn pages(self) -> impl Iterator<Item = usize> {
         (0..self.count as isize).map(move |i| (self.first as isize + i * self.stride) as usize)
@@ -164,6 +173,8 @@ enum Command {
     SpinInside,
     /// Keep the clock at this guest address.
     KeepClock(u64),
+    /// Run on this CPU from now on.
+    MoveTo(usize),
 }
 
 struct VcpuThread {
@@ -338,6 +349,29 @@ impl Vm {
         self.set_alias(alias, &(0..0), 0)
     }
 
+    /// Makes the first `pages` pages of `file` appear at base page `at` of guest addresses, in the memory slot of alias
+    /// `alias`, by way of a mapping in this process, which has to be kept as long as vCPUs use it.
+    pub fn put_file(
+        &self,
+        alias: u32,
+        file: &OwnedFd,
+        pages: usize,
+        at: usize,
+    ) -> Result<FileMapping> {
+        let mapping = FileMapping::map(file, pages * PAGE)?;
+        let region = kvm_userspace_memory_region {
+            slot: FIRST_ALIAS + alias,
+            flags: 0,
+            guest_phys_addr: (at * PAGE) as u64,
+            memory_size: (pages * PAGE) as u64,
+            userspace_addr: mapping.addresses().start,
+        };
+        // SAFETY: KVM follows what becomes of the mapping, and finds no memory there when it is gone.
+        unsafe { self.vm.set_user_memory_region(region) }
+            .with_context(|| format!("KVM_SET_USER_MEMORY_REGION of a file at page {at:#x}"))?;
+        Ok(mapping)
+    }
+
     fn set_alias(&self, alias: u32, pages: &Range<usize>, at: usize) -> Result<()> {
         let region = kvm_userspace_memory_region {
             slot: FIRST_ALIAS + alias,
@@ -353,7 +387,7 @@ impl Vm {
 
     /// Makes `pages` pages of a new guest_memfd appear at base page `at` of guest addresses, in the memory slot of alias
     /// `alias`. KVM maps them as pages of that file, not through their address in this process.
-    pub fn put_guest_memfd(&self, alias: u32, pages: usize, at: usize) -> Result<GuestMemfd> {
+    pub fn put_guest_memfd(&self, alias: u32, pages: usize, at: usize) -> Result<FileMapping> {
         let len = pages * PAGE;
         let fd = self
             .vm
@@ -365,7 +399,7 @@ impl Vm {
             .context("KVM_CREATE_GUEST_MEMFD: needs CONFIG_KVM_GUEST_MEMFD, Linux 6.18 or later")?;
         // SAFETY: the descriptor was just made for us and nobody else owns it.
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
-        let memfd = GuestMemfd::map(&file, len)?;
+        let memfd = FileMapping::map(&file, len)?;
         let region = kvm_userspace_memory_region2 {
             slot: FIRST_ALIAS + alias,
             flags: KVM_MEM_GUEST_MEMFD,
@@ -386,6 +420,15 @@ impl Vm {
     pub fn keep_clock(&self, vcpu: usize, address: u64) -> Result<()> {
         self.send(vcpu, Command::KeepClock(address))?;
         self.reply(vcpu).map(drop)
+    }
+
+    /// Lets vCPU threads run on `cpus` from now on, one for each.
+    pub fn move_vcpus(&self, cpus: &[usize]) -> Result<()> {
+        for (vcpu, cpu) in cpus.iter().enumerate() {
+            self.send(vcpu, Command::MoveTo(*cpu))?;
+            self.reply(vcpu)?;
+        }
+        Ok(())
     }
 
     /// Has KVM write each such clock before its vCPU enters the guest again.
@@ -576,14 +619,14 @@ impl DirtyLog<'_> {
     }
 }
 
-/// Memory of a guest_memfd as this process maps it.
-pub struct GuestMemfd {
+/// Memory of a file, a guest_memfd for example, as this process maps it.
+pub struct FileMapping {
     base: *mut libc::c_void,
     len: usize,
 }
 
-impl GuestMemfd {
-    fn map(file: &OwnedFd, len: usize) -> Result<GuestMemfd> {
+impl FileMapping {
+    fn map(file: &OwnedFd, len: usize) -> Result<FileMapping> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping.
         let base = unsafe {
@@ -597,9 +640,9 @@ impl GuestMemfd {
             )
         };
         if base == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error()).context("map a guest_memfd");
+            return Err(std::io::Error::last_os_error()).context("map a file for the guest");
         }
-        Ok(GuestMemfd { base, len })
+        Ok(FileMapping { base, len })
     }
 
     /// The addresses it takes in this process.
@@ -617,7 +660,7 @@ impl GuestMemfd {
     }
 }
 
-impl Drop for GuestMemfd {
+impl Drop for FileMapping {
     fn drop(&mut self) {
         // SAFETY: our own mapping, and every user of it borrows `self`.
         unsafe { libc::munmap(self.base, self.len) };
@@ -788,6 +831,7 @@ fn serve(mut guest: Vcpu, cpu: usize, inbox: &Receiver<Command>, outbox: &Sender
                 guest.run_to_halt(SPIN, regs).map(|()| 0)
             }
             (Ok(()), Command::KeepClock(address)) => guest.keep_clock(address).map(|()| 0),
+            (Ok(()), Command::MoveTo(cpu)) => balancing::set_affinity(&[cpu]).map(|()| 0),
             (Ok(()), Command::Run(sweep, stop)) => {
                 let mut passes = Ok(0);
                 while !stop.load(Ordering::Relaxed) && passes.is_ok() {

@@ -5,6 +5,8 @@ use std::{fs, io, ptr};
 
 use anyhow::{bail, ensure, Context, Result};
 
+use crate::tables::kib;
+
 const RESERVE: &str = "/proc/sys/vm/min_free_kbytes";
 /// How much is taken at a time: a huge page goes in.
 const CHUNK: usize = 8 << 20;
@@ -91,13 +93,4 @@ impl Drop for Full {
             unsafe { libc::munmap(*chunk, CHUNK) };
         }
     }
-}
-
-/// What its meminfo says of `node`, in KiB.
-pub fn kib(node: usize, what: &str) -> Result<u64> {
-    let path = format!("/sys/devices/system/node/node{node}/meminfo");
-    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    let line = text.lines().find(|line| line.contains(what));
-    let kib = line.and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
-    kib.with_context(|| format!("{path}: no {what}"))
 }

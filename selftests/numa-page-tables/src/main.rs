@@ -1,25 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0
-//! On which node KVM's page tables are, with guest memory on node 1 and vCPUs on node 0; writes `placement.json` into the
-//! folder `--results`, and has the kernel fold its counters of pages.
+//! On which node KVM's page tables are; writes `placement.json` into the folder `--results`, has the kernel fold its counters
+//! of pages, and changes the machine's NUMA balancing, and what else a test says, while it runs.
 //!
 //! The kernel counts page tables of KVM by node (`SecPageTables` in each node's meminfo). Nothing else makes any on this
-//! machine while a case runs, so what a VM adds is its own. NUMA balancing is off meanwhile. Prints KTAP.
+//! machine while a case runs, so what a VM adds is its own. Prints KTAP.
 
+mod follow;
 mod full;
+mod placed;
+mod split;
+mod tables;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{ensure, Context, Result};
 use clap::Parser;
-use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
+use guest::balancing::{self, Settings, MEMORY_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
+use guest::memcg::{self, Memcg};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::needs::{self, Need};
 use guest::vm::{self, Clearing, Sweep, Vm};
-use serde::Serialize;
+use guest::PAGE;
+
+use follow::{follow, By};
+use placed::{Case, Seen, FOLLOWING};
+use split::{split, When};
+use tables::{Tables, ENTRIES};
 
 const ALL: &[Need] = &[
     needs::KVM,
@@ -28,14 +38,17 @@ const ALL: &[Need] = &[
     needs::SCAN_SETTINGS,
 ];
 const VCPUS: usize = 2;
-/// Entries of a page table, and so base pages that a leaf table maps.
-const ENTRIES: u64 = 512;
 /// Share of leaf tables that has to be where the memory is, in percent: at first, and after it was moved.
 const PLACED: u64 = 99;
 const FOLLOWED: u64 = 95;
 /// Page tables above the leaves: four levels or five, a root for ordinary mode and one for SMM, with one table each on a
 /// level for every GiB of the few that there are.
 const ABOVE: u64 = 16;
+/// Page tables from the root to a page.
+const LEVELS: i64 = 5;
+/// Why tests are skipped without nested paging.
+const FOLLOW: &str = "shadow page tables do not follow";
+const SPLIT: &str = "else KVM does not split huge pages when logging begins";
 
 /// On which node KVM's page tables are.
 #[derive(Parser)]
@@ -48,93 +61,106 @@ struct Args {
     memory: u32,
 }
 
-/// What the VM's memory is made of, and whether its page tables are wanted where that is.
-#[derive(Clone, Copy)]
-struct Case {
-    backing: Backing,
-    asked: bool,
+/// What there is to make VMs on, and how large they are.
+pub struct Machine {
+    /// Whether the kernel can be asked to have page tables on the node of the memory.
+    has: bool,
+    /// In bytes.
+    memory: usize,
 }
 
-/// Page tables on the node of the vCPUs, and on that of the memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-struct Tables {
-    cpu_node: u64,
-    memory_node: u64,
-}
-
-/// What a case came to. Page tables are those that the VM has.
-#[derive(Clone, Debug, Serialize)]
-struct Seen {
-    name: String,
-    /// Leaf tables that the memory needs.
-    leaves: u64,
-    /// After the first touch; of huge pages, after they were split for dirty logging.
-    first: Tables,
-    /// Of huge pages: when dirty logging had ended, and the guest had touched all again.
-    merged: Option<Tables>,
-    /// After all memory had moved to the node of the vCPUs, and was touched again.
-    moved: Tables,
-    /// Faults that were taken again, until the first count.
-    retries: u64,
-    /// Page tables of faults that were elsewhere than wanted, and those replaced; none where the kernel does not count them.
-    remote: Option<u64>,
-    replaced: Option<u64>,
-    /// Page tables that were left when the VM was gone.
-    left: u64,
-}
-
-type Judge = fn(&Seen) -> Result<(), String>;
-/// Tests of a VM that asked, and of one that did not.
-const ASKED: &[(&str, Judge)] = &[
-    ("placed", |seen| {
-        share("on node 1", seen.first.memory_node, seen.leaves, PLACED)
-    }),
-    ("followed", |seen| {
-        share("on node 0", seen.moved.cpu_node, seen.leaves, FOLLOWED)
-    }),
-    ("counted", |seen| match (seen.remote, seen.replaced) {
-        // Tables of huge pages are made anew when they are split.
-        (Some(0), Some(_)) if seen.merged.is_some() => Ok(()),
-        (Some(0), Some(replaced)) => share("replaced", replaced, seen.leaves, FOLLOWED),
-        other => Err(format!("(remote, replaced) is {other:?}")),
-    }),
-    ("bounded", bounded),
-];
-/// Those of page tables that are replaced.
-const FOLLOWING: [&str; 2] = ["followed", "counted"];
-const NOT_ASKED: &[(&str, Judge)] = &[
-    ("as_ever", |seen| {
-        share("on node 0", seen.first.cpu_node, seen.leaves, PLACED)?;
-        share("on node 0", seen.moved.cpu_node, seen.leaves, PLACED)
-    }),
-    ("bounded", bounded),
-];
-
-/// No more page tables than the memory needs, and none when the VM is gone.
-fn bounded(seen: &Seen) -> Result<(), String> {
-    let counts = [
-        (Some(seen.first), seen.leaves),
-        (Some(seen.moved), seen.leaves),
-        (seen.merged, 0),
-    ];
-    for (tables, leaves) in counts {
-        let all = tables.map_or(0, |tables| tables.cpu_node + tables.memory_node);
-        if all > leaves + ABOVE {
-            return Err(format!("{all} page tables for {leaves} leaves: {tables:?}"));
+impl Machine {
+    /// A VM that asks, where that can be.
+    fn vm(&self, memory: &Arc<GuestMemory>, cpus: &[usize]) -> Result<Vm> {
+        match self.has {
+            true => Vm::with_numa_page_tables(memory, cpus),
+            false => Vm::new(memory, cpus),
         }
     }
-    match seen.left {
-        0 => Ok(()),
-        left => Err(format!("{left} page tables left without a VM")),
+
+    /// Each vCPU touches all memory.
+    fn touch(&self, vm: &Vm, memory: &GuestMemory) -> Result<()> {
+        (0..vm.vcpus()).try_for_each(|vcpu| vm.pass(vcpu, Sweep::all(memory.pages())))
     }
 }
 
-fn share(what: &str, part: u64, whole: u64, least: u64) -> Result<(), String> {
-    match part * 100 >= whole * least {
-        true => Ok(()),
-        false => Err(format!("{part} {what}, of {whole}: less than {least} %")),
+/// A test that makes VMs of its own.
+struct Single {
+    name: &'static str,
+    needs: &'static [Need],
+    /// Why it needs nested paging, if it does.
+    nested_paging: Option<&'static str>,
+    judge: fn(&Machine) -> Result<()>,
+}
+
+const fn single(name: &'static str, judge: fn(&Machine) -> Result<()>) -> Single {
+    Single {
+        name,
+        needs: ALL,
+        nested_paging: None,
+        judge,
     }
 }
+
+const fn follows(name: &'static str, judge: fn(&Machine) -> Result<()>) -> Single {
+    Single {
+        nested_paging: Some(FOLLOW),
+        ..single(name, judge)
+    }
+}
+
+const fn splits(name: &'static str, judge: fn(&Machine) -> Result<()>) -> Single {
+    const NEEDS: &[Need] = &[
+        needs::KVM,
+        needs::TWO_NODES,
+        needs::SCAN_SETTINGS,
+        needs::THP,
+    ];
+    Single {
+        nested_paging: Some(SPLIT),
+        needs: NEEDS,
+        ..single(name, judge)
+    }
+}
+
+const SINGLE: &[Single] = &[
+    follows("follow.anon.moved", |machine| {
+        follow(machine, Backing::Anon, By::UserSpace)
+    }),
+    follows("follow.memfd.moved", |machine| {
+        follow(machine, Backing::Memfd, By::UserSpace)
+    }),
+    follows("follow.anon.balanced", |machine| {
+        follow(machine, Backing::Anon, By::Balancing)
+    }),
+    follows("follow.memfd.balanced", |machine| {
+        follow(machine, Backing::Memfd, By::Balancing)
+    }),
+    splits("split.on", |machine| {
+        split(machine, When::On, Clearing::Manual)
+    }),
+    splits("split.cleared", |machine| {
+        split(machine, When::Cleared, Clearing::ManualInitiallySet)
+    }),
+    splits("split.written", |machine| {
+        split(machine, When::Written, Clearing::Read)
+    }),
+    single("falls_back", falls_back),
+    single("no_struct_page", no_struct_page),
+    Single {
+        needs: &[
+            needs::KVM,
+            needs::TWO_NODES,
+            needs::SCAN_SETTINGS,
+            needs::MEMCG,
+        ],
+        ..single("reserve", reserve)
+    },
+    Single {
+        needs: &[needs::KVM],
+        ..single("capability", refuses)
+    },
+];
 
 fn main() -> ExitCode {
     run(&Args::parse()).unwrap_or_else(|error| {
@@ -149,34 +175,34 @@ fn run(args: &Args) -> Result<ExitCode> {
         "--memory {}: give a multiple of 2",
         args.memory
     );
-    let cases = [Backing::Anon, Backing::Memfd, Backing::Thp]
-        .into_iter()
-        .flat_map(|backing| [true, false].map(|asked| Case { backing, asked }));
-    let tests = |case: Case| if case.asked { ASKED } else { NOT_ASKED };
-    let mut ktap = Ktap::start(cases.clone().map(|case| tests(case).len()).sum::<usize>() + 3);
+    let of_cases: usize = Case::all().map(|case| case.tests().len()).sum();
+    let mut ktap = Ktap::start(of_cases + 1 + SINGLE.len());
     let missing = needs::missing(ALL);
-    let has = missing.is_none() && vm::has_numa_page_tables()?;
-    // Balancing is off: memory stays where it is put.
+    let machine = Machine {
+        has: needs::missing(&[needs::KVM]).is_none() && vm::has_numa_page_tables()?,
+        memory: (args.memory as usize) << 20,
+    };
+    // Balancing is off but where a test switches it on: memory stays where it is put.
     let _settings = missing.is_none().then(Settings::fast).transpose()?;
+    let without = |why: &str| (!vm::nested_paging()).then(|| format!("needs nested paging: {why}"));
     let mut all = Vec::new();
-    for case in cases {
+    for case in Case::all() {
         let is_thp = case.backing == Backing::Thp;
-        let thp = || needs::missing(is_thp.then_some(&needs::THP));
-        let split = || {
-            let why = "needs nested paging: else KVM does not split huge pages when logging begins";
-            (is_thp && !vm::nested_paging()).then(|| why.to_string())
-        };
-        let seen = match missing.clone().or_else(thp).or_else(split) {
+        let skip = missing
+            .clone()
+            .or_else(|| needs::missing(is_thp.then_some(&needs::THP)))
+            .or_else(|| is_thp.then(|| without(SPLIT)).flatten());
+        let seen = match skip {
             Some(reason) => Err(Outcome::Skip(reason)),
-            None => measure(case, has, args).map_err(|error| Outcome::NotOk(format!("{error:#}"))),
+            None => case
+                .measure(&machine)
+                .map_err(|error| Outcome::NotOk(format!("{error:#}"))),
         };
-        for (test, judge) in tests(case) {
+        for (test, judge) in case.tests() {
+            let following = || FOLLOWING.contains(test).then(|| without(FOLLOW)).flatten();
             let outcome = match &seen {
                 Err(outcome) => outcome.clone(),
-                Ok(_) if !vm::nested_paging() && FOLLOWING.contains(test) => {
-                    Outcome::Skip("needs nested paging: shadow page tables do not follow".into())
-                }
-                Ok(seen) => judged(judge(seen)),
+                Ok(seen) => following().map_or_else(|| judged(judge(seen)), Outcome::Skip),
             };
             ktap.result(&format!("placement.{}.{test}", case.name()), &outcome);
         }
@@ -185,178 +211,173 @@ fn run(args: &Args) -> Result<ExitCode> {
             all.push(seen);
         }
     }
-    let mut judge_all = |test: &str, judge: &dyn Fn() -> Result<Result<(), String>>| {
-        let outcome = match &missing {
-            Some(reason) => Outcome::Skip(reason.clone()),
-            None => judged(judge().unwrap_or_else(|error| Err(format!("{error:#}")))),
-        };
-        ktap.result(&format!("placement.{test}"), &outcome);
-    };
-    judge_all("same_total", &|| Ok(same_total(&all)));
-    judge_all("falls_back", &|| falls_back(has, args));
-    judge_all("capability", &refuses);
+    let same = missing.map_or_else(|| judged(same_total(&all)), Outcome::Skip);
+    ktap.result("placement.same_total", &same);
+    for test in SINGLE {
+        let skip = needs::missing(test.needs).or_else(|| test.nested_paging.and_then(without));
+        let outcome = skip.map_or_else(|| judged((test.judge)(&machine)), Outcome::Skip);
+        ktap.result(&format!("placement.{}", test.name), &outcome);
+    }
     let path = args.results.join("placement.json");
     fs::write(&path, serde_json::to_string_pretty(&all)? + "\n")
         .with_context(|| path.display().to_string())?;
     Ok(ktap.finish())
 }
 
-fn judged(result: Result<(), String>) -> Outcome {
+fn judged(result: Result<()>) -> Outcome {
     match result {
         Ok(()) => Outcome::Ok,
-        Err(why) => Outcome::NotOk(why),
+        Err(error) => Outcome::NotOk(format!("{error:#}")),
     }
 }
 
-/// Whether a VM that asked has as many page tables as one that did not, within one percent.
-fn same_total(all: &[Seen]) -> Result<(), String> {
+/// Fails where `part` is less than `least` percent of `whole`.
+pub fn share(what: &str, part: u64, whole: u64, least: u64) -> Result<()> {
+    ensure!(
+        part * 100 >= whole * least,
+        "{part} {what}, of {whole}: less than {least} %"
+    );
+    Ok(())
+}
+
+/// A VM that asked has as many page tables as one that did not, within one percent.
+fn same_total(all: &[Seen]) -> Result<()> {
     let total = |asked: &str| -> u64 {
         let of = all.iter().filter(|seen| seen.name.ends_with(asked));
         of.map(|seen| seen.first.cpu_node + seen.first.memory_node)
             .sum()
     };
     let (with, without) = (total(".asked"), total(".default"));
-    match with > 0 && with.abs_diff(without) * 100 <= without {
-        true => Ok(()),
-        false => Err(format!("{with} page tables instead of {without}")),
-    }
+    ensure!(
+        with > 0 && with.abs_diff(without) * 100 <= without,
+        "{with} page tables instead of {without}"
+    );
+    Ok(())
 }
 
-/// Whether the capability is refused where it must be, and is not where it need not.
-fn refuses() -> Result<Result<(), String>> {
+/// The capability is refused where it must be, and is not where it need not.
+fn refuses(machine: &Machine) -> Result<()> {
     const EINVAL: Option<i32> = Some(libc::EINVAL);
     let seen = [
         vm::ask_for_numa_page_tables(0, false, 2)?,
         vm::ask_for_numa_page_tables(1, false, 1)?,
         vm::ask_for_numa_page_tables(0, true, 1)?,
     ];
-    let expected = [vec![None, None], vec![EINVAL], vec![EINVAL]];
-    Ok(match seen == expected {
-        true => Ok(()),
-        false => Err(format!(
-            "asked twice, with an argument, and with a vCPU: {seen:?}, not {expected:?}"
-        )),
-    })
+    // There is nothing to choose on a machine that can have one node only.
+    let can_have_two = fs::read_to_string("/sys/devices/system/node/possible")
+        .is_ok_and(|nodes| nodes.trim() != "0");
+    let granted = if can_have_two { None } else { EINVAL };
+    let expected = [vec![granted; 2], vec![EINVAL], vec![EINVAL]];
+    ensure!(
+        machine.has == can_have_two && seen == expected,
+        "KVM_CHECK_EXTENSION says {}; asked twice, with an argument, and with a vCPU: {seen:?}, not {expected:?}",
+        machine.has
+    );
+    Ok(())
 }
 
-impl Case {
-    fn name(self) -> String {
-        let asked = if self.asked { "asked" } else { "default" };
-        format!("{}.{asked}", self.backing.name())
-    }
-}
-
-/// `has` is whether the kernel can be asked; else the VM is an ordinary one.
-fn measure(case: Case, has: bool, args: &Args) -> Result<Seen> {
-    let size = (args.memory as usize) << 20;
-    // This thread, too, which has huge pages split, is not where the memory is.
-    balancing::set_affinity(&balancing::node_cpus(CPU_NODE)?)?;
-    let memory = Arc::new(GuestMemory::new(
-        case.backing,
-        Pinned::None,
-        size,
-        MEMORY_NODE,
-    )?);
-    let whole = Sweep {
-        first: 0,
-        stride: 1,
-        count: memory.pages(),
-    };
-    let cpus = balancing::vcpu_cpus(VCPUS)?;
-    let before = tables()?;
-    let of_vm = || -> Result<Tables> {
-        let now = tables()?;
-        Ok(Tables {
-            cpu_node: now.cpu_node.saturating_sub(before.cpu_node),
-            memory_node: now.memory_node.saturating_sub(before.memory_node),
-        })
-    };
-    let vm = match case.asked && has {
-        true => Vm::with_numa_page_tables(&memory, &cpus)?,
-        false => Vm::new(&memory, &cpus)?,
-    };
-    let touch = || (0..VCPUS).try_for_each(|vcpu| vm.pass(vcpu, whole));
-    touch()?;
-    let (first, merged) = match case.backing {
-        Backing::Thp => {
-            // Eager splitting: all huge pages, when logging begins.
-            let split = vm.while_logging(Clearing::Read, |_| of_vm())?;
-            touch()?;
-            (split, Some(of_vm()?))
-        }
-        _ => (of_vm()?, None),
-    };
-    let retries = retries(&vm)?;
-    memory.move_to(CPU_NODE)?;
-    touch()?;
-    let moved = match case.backing {
-        Backing::Thp => vm.while_logging(Clearing::Read, |_| of_vm())?,
-        _ => of_vm()?,
-    };
-    let seen = Seen {
-        name: case.name(),
-        leaves: memory.pages() as u64 / ENTRIES,
-        first,
-        merged,
-        moved,
-        retries,
-        remote: vm.vcpu_stat("pf_table_remote").ok(),
-        replaced: vm.vcpu_stat("pf_table_moved").ok(),
-        left: 0,
-    };
-    drop(vm);
-    let left = of_vm()?;
-    Ok(Seen {
-        left: left.cpu_node + left.memory_node,
-        ..seen
-    })
-}
-
-/// Whether page tables are allocated elsewhere, and counted, where their node has no memory left.
-fn falls_back(has: bool, args: &Args) -> Result<Result<(), String>> {
-    if !has {
-        return Ok(Err("no KVM_CAP_X86_NUMA_PAGE_TABLES".into()));
-    }
-    let size = (args.memory as usize) << 20;
-    let memory = GuestMemory::new(Backing::Anon, Pinned::None, size, MEMORY_NODE)?;
+/// Page tables are allocated elsewhere, and counted, where their node has no memory left.
+fn falls_back(machine: &Machine) -> Result<()> {
+    let memory = GuestMemory::new(Backing::Anon, Pinned::None, machine.memory, MEMORY_NODE)?;
     let memory = Arc::new(memory);
-    let before = tables()?;
+    let before = Tables::count()?;
     let full = full::fill(MEMORY_NODE)?;
-    let vm = Vm::with_numa_page_tables(&memory, &balancing::vcpu_cpus(1)?)?;
-    let whole = Sweep {
-        first: 0,
-        stride: 1,
-        count: memory.pages(),
-    };
-    vm.pass(0, whole)?;
+    let vm = machine.vm(&memory, &balancing::vcpu_cpus(1)?)?;
+    machine.touch(&vm, &memory)?;
     let remote = vm.vcpu_stat("pf_table_remote")?;
-    let elsewhere = tables()?.cpu_node.saturating_sub(before.cpu_node);
+    let elsewhere = Tables::count()?.since(before).cpu_node;
     drop(full);
     let leaves = memory.pages() as u64 / ENTRIES;
-    let counted = share("on node 0", elsewhere, leaves, FOLLOWED).and(share(
-        "counted as elsewhere",
-        remote,
-        leaves,
-        FOLLOWED,
+    share("on node 0", elsewhere, leaves, FOLLOWED)?;
+    share("counted as elsewhere", remote, leaves, FOLLOWED)
+}
+
+/// A vCPU of a VM that asked has no more in reserve than another, which takes the few page tables that it needs to map a page
+/// from there, and not from their node.
+fn reserve(machine: &Machine) -> Result<()> {
+    let memcg = Memcg::create("placement")?;
+    memcg::join(memcg.path())?;
+    let charged = |asked: bool| -> Result<i64> {
+        let memory = GuestMemory::new(Backing::Anon, Pinned::None, machine.memory, MEMORY_NODE)?;
+        let memory = Arc::new(memory);
+        let cpus = balancing::vcpu_cpus(VCPUS)?;
+        let before = memcg::kernel_memory(memcg.path())?;
+        let vm = match asked {
+            true => machine.vm(&memory, &cpus)?,
+            false => Vm::new(&memory, &cpus)?,
+        };
+        (0..VCPUS).try_for_each(|vcpu| vm.pass(vcpu, Sweep::all(1)))?;
+        let charged = memcg::kernel_memory(memcg.path())? as i64 - before as i64;
+        Ok(charged / PAGE as i64)
+    };
+    // The first VM of a process makes what the others find.
+    charged(false)?;
+    let pages = [charged(false)?, charged(true)?];
+    memcg::join("/sys/fs/cgroup".as_ref())?;
+    diagnostic(&format!(
+        "pages of the kernel's, default and asked: {pages:?}"
     ));
-    Ok(counted)
+    let more = pages[1] - pages[0];
+    ensure!(
+        more <= VCPUS as i64 * LEVELS,
+        "{more} pages more than the {} without asking",
+        pages[0]
+    );
+    Ok(())
 }
 
-/// Faults that led to nothing, and so were taken again.
-fn retries(vm: &Vm) -> Result<u64> {
-    let ended = ["pf_fixed", "pf_emulate", "pf_spurious"].map(|name| vm.vcpu_stat(name));
-    let ended: u64 = ended.into_iter().sum::<Result<u64>>()?;
-    Ok(vm.vcpu_stat("pf_taken")?.saturating_sub(ended))
+/// Memory of a device is mapped as ever, by page tables that are not wanted anywhere.
+fn no_struct_page(machine: &Machine) -> Result<()> {
+    let device = device_memory()?.context("no PCI device with memory: QEMU's q35 has some")?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(&device)
+        .with_context(|| device.display().to_string())?;
+    let memory = GuestMemory::new(Backing::Anon, Pinned::None, machine.memory, MEMORY_NODE)?;
+    let memory = Arc::new(memory);
+    let vm = machine.vm(&memory, &balancing::vcpu_cpus(1)?)?;
+    // Where nothing else is, so that it needs a page table of its own.
+    let at = 2 * machine.memory / PAGE;
+    let before = Tables::count()?;
+    let _mapping = vm.put_file(0, &file.into(), 1, at)?;
+    let page = Sweep {
+        first: at,
+        stride: 1,
+        count: 1,
+    };
+    vm.read_pass(0, page)?;
+    let made = Tables::count()?.since(before);
+    let remote = vm.vcpu_stat("pf_table_remote").unwrap_or_default();
+    ensure!(
+        made.cpu_node > 0 && made.memory_node == 0 && remote == 0,
+        "{made:?} for a page of {}, {remote} counted as elsewhere",
+        device.display()
+    );
+    Ok(())
 }
 
-/// KVM's page tables on the whole machine.
-fn tables() -> Result<Tables> {
-    // Each CPU keeps some of the count to itself, until asked.
-    const REFRESH: &str = "/proc/sys/vm/stat_refresh";
-    fs::write(REFRESH, "1").context(REFRESH)?;
-    let of = |node| Ok::<_, anyhow::Error>(full::kib(node, "SecPageTables:")? / 4);
-    Ok(Tables {
-        cpu_node: of(CPU_NODE)?,
-        memory_node: of(MEMORY_NODE)?,
-    })
+/// The file of a page or more of a PCI device's memory, not to be prefetched, and so not a frame buffer's.
+fn device_memory() -> Result<Option<PathBuf>> {
+    const DEVICES: &str = "/sys/bus/pci/devices";
+    /// Of `linux/ioport.h`.
+    const IORESOURCE_MEM: u64 = 0x200;
+    const IORESOURCE_PREFETCH: u64 = 0x2000;
+    for device in fs::read_dir(DEVICES).context(DEVICES)? {
+        let device = device?.path();
+        let text = fs::read_to_string(device.join("resource"))?;
+        for (number, line) in text.lines().take(6).enumerate() {
+            let words = line.split_whitespace();
+            let words: Vec<u64> = words
+                .map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16))
+                .collect::<Result<_, _>>()?;
+            if let [start, end, flags] = words[..] {
+                let kind = flags & (IORESOURCE_MEM | IORESOURCE_PREFETCH);
+                if kind == IORESOURCE_MEM && end - start + 1 >= PAGE as u64 {
+                    return Ok(Some(device.join(format!("resource{number}"))));
+                }
+            }
+        }
+    }
+    Ok(None)
 }
