@@ -19,6 +19,7 @@ use guest::balancing;
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::needs::{self, Need};
 use guest::pages::{Discarder, Pages};
+use guest::spread::spread;
 use guest::tracefs::Tracepoint;
 use kvm_ioctls::{Kvm, VmFd};
 use trace::client::Client;
@@ -420,19 +421,6 @@ fn table(unit: &str, rounds: &[Vec<f64>]) -> Table {
         table.add_row([Cell::new(way.name)].into_iter().chain(cells));
     }
     table
-}
-
-fn spread(values: &[f64], digits: usize) -> String {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    match values.len() {
-        1 => format!("{mean:.digits$}"),
-        _ => format!(
-            "{mean:.digits$} ± {:.digits$}",
-            (squares / (count - 1.0)).sqrt()
-        ),
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@
 //! - [`spans`]: how long functions of the kernel took.
 //! - [`pages`]: pages that are protected and discarded at will.
 //! - [`needs`]: what the machine must have for all that.
+//! - [`spread`]: what values measured several times come to.
 //! - [`ktap`]: how results are printed.
 
 #![deny(missing_docs)]
@@ -33,6 +34,7 @@ pub mod needs;
 pub mod pages;
 pub mod pins;
 pub mod spans;
+pub mod spread;
 pub mod stats;
 pub mod tracefs;
 pub mod vm;
