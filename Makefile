@@ -51,6 +51,9 @@ test-real: modules selftests ## Both kernels with an assigned device: real DMA, 
 test-page-tables: kernels selftests ## The series numa-page-tables: where KVM's page tables are, on the unpatched kernel, with the series, and with both
 	@scripts/page-tables
 
+compare-page-tables: kernels selftests ## What the series numa-page-tables gives and costs: placement, retries and cost of faults, N= rounds
+	@scripts/compare-page-tables
+
 test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (TESTS="kvm:NAME ...": only these)
 	@scripts/kselftest $(TESTS)
 
@@ -117,4 +120,4 @@ clean: ## Remove what was built; kernel trees with changes of your own are kept
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-page-tables test-kselftest kselftest-install lab test-arches kernels modules selftests boot bench-recorder compare report patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-page-tables test-kselftest kselftest-install lab test-arches kernels modules selftests boot bench-recorder compare compare-page-tables report patches-apply patches-export checkpatch clean distclean

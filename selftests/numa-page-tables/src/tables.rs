@@ -38,6 +38,16 @@ impl Tables {
             memory_node: self.memory_node.saturating_sub(before.memory_node),
         }
     }
+
+    /// Of so many leaf tables those on `node`, in percent. What there is beyond them is above them, and on the node of the
+    /// vCPUs.
+    pub fn leaves_on(self, node: usize, leaves: u64) -> f64 {
+        let on_node = match node {
+            CPU_NODE => leaves.saturating_sub(self.memory_node).min(self.cpu_node),
+            _ => self.memory_node,
+        };
+        on_node as f64 * 100.0 / leaves as f64
+    }
 }
 
 /// Faults that led to nothing, and so were taken again.
@@ -54,4 +64,26 @@ pub fn kib(node: usize, what: &str) -> Result<u64> {
     let line = text.lines().find(|line| line.contains(what));
     let kib = line.and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
     kib.with_context(|| format!("{path}: no {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_above_the_leaves_does_not_count() {
+        let tables = |cpu_node, memory_node| Tables {
+            cpu_node,
+            memory_node,
+        };
+        // Four above 64 leaves.
+        let at_memory = tables(4, 64);
+        assert_eq!(at_memory.leaves_on(MEMORY_NODE, 64), 100.0);
+        assert_eq!(at_memory.leaves_on(CPU_NODE, 64), 0.0);
+        let at_vcpus = tables(68, 0);
+        assert_eq!(at_vcpus.leaves_on(MEMORY_NODE, 64), 0.0);
+        assert_eq!(at_vcpus.leaves_on(CPU_NODE, 64), 100.0);
+        assert_eq!(tables(36, 32).leaves_on(CPU_NODE, 64), 50.0);
+        assert_eq!(at_vcpus.since(tables(4, 2)), tables(64, 0));
+    }
 }
