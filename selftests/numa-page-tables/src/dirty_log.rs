@@ -14,7 +14,7 @@ use anyhow::{ensure, Context, Result};
 use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 
 use crate::show::{Kind, Row};
-use crate::tables::Tables;
+use numa_page_tables::tables::Tables;
 
 /// How often page tables are counted meanwhile.
 const PERIOD: Duration = Duration::from_millis(5);

@@ -7,7 +7,6 @@
 
 mod dirty_log;
 mod show;
-mod tables;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,8 +24,8 @@ use guest::memcg::Source;
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::needs::{self, Need};
 use guest::vm::{self, Sweep, Vm};
+use numa_page_tables::tables::{retries, Tables, ENTRIES};
 use show::{Boot, Kind, Measured, Row, Unit};
-use tables::{retries, Tables, ENTRIES};
 
 const ALL: &[Need] = &[
     needs::KVM,

@@ -11,8 +11,8 @@ use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::vm::{Sweep, Vm};
 
-use crate::tables::{Tables, ENTRIES};
 use crate::{share, Machine, FOLLOWED, PLACED, VCPUS};
+use numa_page_tables::tables::{Tables, ENTRIES};
 
 /// Memory of the VM, in bytes.
 const MEMORY: usize = 64 << 20;

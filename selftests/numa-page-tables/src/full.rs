@@ -5,7 +5,7 @@ use std::{fs, io, ptr};
 
 use anyhow::{bail, ensure, Context, Result};
 
-use crate::tables::kib;
+use numa_page_tables::tables::kib;
 
 const RESERVE: &str = "/proc/sys/vm/min_free_kbytes";
 /// How much is taken at a time: a huge page goes in.

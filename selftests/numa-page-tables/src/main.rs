@@ -9,7 +9,6 @@ mod follow;
 mod full;
 mod placed;
 mod split;
-mod tables;
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -27,9 +26,9 @@ use guest::vm::{self, Clearing, Sweep, Vm};
 use guest::PAGE;
 
 use follow::{follow, By};
+use numa_page_tables::tables::{Tables, ENTRIES};
 use placed::{Case, Seen, FOLLOWING};
 use split::{split, When};
-use tables::{Tables, ENTRIES};
 
 const ALL: &[Need] = &[
     needs::KVM,

@@ -10,8 +10,8 @@ use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::vm::{Clearing, Vm};
 use serde::Serialize;
 
-use crate::tables::{retries, Tables, ENTRIES};
 use crate::{share, Machine, ABOVE, FOLLOWED, PLACED, VCPUS};
+use numa_page_tables::tables::{retries, Tables, ENTRIES};
 
 /// What the VM's memory is made of, and whether its page tables are wanted where that is.
 #[derive(Clone, Copy)]

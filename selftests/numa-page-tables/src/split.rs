@@ -10,8 +10,8 @@ use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::vm::Clearing;
 
-use crate::tables::{Tables, ENTRIES};
 use crate::{share, Machine, PLACED, VCPUS};
+use numa_page_tables::tables::{Tables, ENTRIES};
 
 const EAGER: &str = "/sys/module/kvm/parameters/eager_page_split";
 
