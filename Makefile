@@ -29,8 +29,9 @@ test: ## Every test: the Rust workspace, checkpatch, bad input, both kernels
 
 # Linux has Rust and KASAN in one kernel only where clang compiles it.
 test-debug: export LLVM := $(or $(LLVM),1)
-test-debug: selftests ## Every test program on a debug build of the patched kernel; what it finds is a failure
-	@scripts/patches apply
+test-debug: selftests ## Every test program on a debug build of the kernel with both series; what it finds is a failure
+	@scripts/kernel-tree unpatched
+	@scripts/both-series
 	@scripts/kernel-build debug
 	@scripts/module debug
 	@scripts/boot debug $(TESTS)

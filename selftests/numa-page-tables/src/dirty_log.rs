@@ -14,8 +14,10 @@ use anyhow::{ensure, Context, Result};
 use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 
 use crate::show::{Kind, Row};
-use numa_page_tables::tables::Tables;
+use crate::tables::Tables;
 
+/// Where the test guest has it.
+pub const PROGRAM: &str = "/page-tables/dirty_log_perf_test";
 /// How often page tables are counted meanwhile.
 const PERIOD: Duration = Duration::from_millis(5);
 /// KVM's statistics, summed over VMs that are there.

@@ -5,9 +5,6 @@
 //! Writes `fault-in.json` into the folder `--results` and prints KTAP, or with `--show` only reads such files. Changes the
 //! machine's scan settings while it runs, and has the kernel fold its counters of pages.
 
-mod dirty_log;
-mod show;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
@@ -17,15 +14,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use clap::{Parser, ValueEnum};
-use dirty_log::DirtyLog;
 use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Source;
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::needs::{self, Need};
 use guest::vm::{self, Sweep, Vm};
+use numa_page_tables::dirty_log::{self, DirtyLog};
+use numa_page_tables::show::{self, Boot, Kind, Measured, Row, Unit};
 use numa_page_tables::tables::{retries, Tables, ENTRIES};
-use show::{Boot, Kind, Measured, Row, Unit};
 
 const ALL: &[Need] = &[
     needs::KVM,
@@ -60,7 +57,7 @@ struct Args {
     #[arg(long, value_enum)]
     part: Vec<Part>,
     /// KVM's own test, built with the series.
-    #[arg(long, default_value = "/page-tables/dirty_log_perf_test")]
+    #[arg(long, default_value = dirty_log::PROGRAM)]
     dirty_log: PathBuf,
     /// Memory for each of its two vCPUs, in MiB.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(4..=512))]

@@ -26,6 +26,8 @@ use guest::vm::{self, Clearing, Sweep, Vm};
 use guest::PAGE;
 
 use follow::{follow, By};
+use numa_page_tables::dirty_log::{self, DirtyLog};
+use numa_page_tables::show::{Kind, Row};
 use numa_page_tables::tables::{Tables, ENTRIES};
 use placed::{Case, Seen, FOLLOWING};
 use split::{split, When};
@@ -144,6 +146,10 @@ const SINGLE: &[Single] = &[
     splits("split.written", |machine| {
         split(machine, When::Written, Clearing::Read)
     }),
+    Single {
+        needs: PERF_TEST,
+        ..splits("split.nested", nested)
+    },
     single("falls_back", falls_back),
     single("no_struct_page", no_struct_page),
     Single {
@@ -158,6 +164,17 @@ const SINGLE: &[Single] = &[
     Single {
         needs: &[needs::KVM],
         ..single("capability", refuses)
+    },
+];
+
+const PERF_TEST: &[Need] = &[
+    needs::KVM,
+    needs::TWO_NODES,
+    needs::SCAN_SETTINGS,
+    needs::THP,
+    Need {
+        path: dirty_log::PROGRAM,
+        remedy: "KVM's own test, built by make test-page-tables",
     },
 ];
 
@@ -251,6 +268,27 @@ fn same_total(all: &[Seen]) -> Result<()> {
         with > 0 && with.abs_diff(without) * 100 <= without,
         "{with} page tables instead of {without}"
     );
+    Ok(())
+}
+
+/// KVM's own test of the dirty log, whose vCPUs run on both nodes, and are guests of a guest: its shadow page tables.
+fn nested(machine: &Machine) -> Result<()> {
+    let test = DirtyLog {
+        program: dirty_log::PROGRAM.as_ref(),
+        mebibytes: 64,
+    };
+    let kind = if machine.has { Kind::On } else { Kind::Off };
+    let values = test.measure(kind)?;
+    for (row, what) in [
+        (Row::SplitPlaced, "of page tables"),
+        (Row::NestedPlaced, "of a nested guest's"),
+    ] {
+        let percent = values.get(&row).context("not measured")?;
+        ensure!(
+            *percent >= PLACED as f64,
+            "{percent} % {what} for memory of node 1 are there: less than {PLACED} %"
+        );
+    }
     Ok(())
 }
 
