@@ -269,12 +269,12 @@ impl Machine {
 
     fn insert_counters(&self, vm: &Vm, values: &mut BTreeMap<Row, f64>) {
         // The unpatched kernel has neither.
-        for (row, name) in [
-            (Row::Remote, "pf_table_remote"),
-            (Row::Replaced, "pf_table_moved"),
+        for (row, name, of) in [
+            (Row::Remote, "pf_table_remote", 1),
+            (Row::Replaced, "pf_table_moved", self.leaves),
         ] {
             if let Ok(count) = vm.vcpu_stat(name) {
-                values.insert(row, count as f64);
+                values.insert(row, count as f64 / of as f64);
             }
         }
     }
