@@ -151,8 +151,9 @@ fn split(seen: &[Tables], huge_pages: u64) -> Result<Tables> {
     let total = |tables: &Tables| tables.cpu_node + tables.memory_node;
     let most = (0..seen.len()).max_by_key(|at| total(&seen[*at]));
     let most = most.context("nothing seen")?;
-    let before = total(&seen[most]).saturating_sub(huge_pages);
-    let earlier = seen[..most].iter().rfind(|tables| total(tables) <= before);
+    let before = total(&seen[most]).checked_sub(huge_pages);
+    let is_before = |tables: &&Tables| before.is_some_and(|before| total(tables) <= before);
+    let earlier = seen[..most].iter().rfind(is_before);
     let earlier = earlier
         .with_context(|| format!("{:?} is no more by {huge_pages} than before", seen[most]))?;
     Ok(seen[most].since(*earlier))

@@ -5,6 +5,7 @@
 //! Writes `fault-in.json` into the folder `--results` and prints KTAP, or with `--show` only reads such files. Changes the
 //! machine's scan settings while it runs, and has the kernel fold its counters of pages.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 use clap::{Parser, ValueEnum};
 use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
@@ -56,6 +57,9 @@ struct Args {
     /// Only this part (more than once); all when none is named.
     #[arg(long, value_enum)]
     part: Vec<Part>,
+    /// Only a VM of this kind, where the kernel has it (more than once); all when none is named.
+    #[arg(long, value_enum)]
+    kind: Vec<Kind>,
     /// KVM's own test, built with the series.
     #[arg(long, default_value = dirty_log::PROGRAM)]
     dirty_log: PathBuf,
@@ -144,11 +148,8 @@ fn run(args: &Args) -> Result<ExitCode> {
     for part in parts {
         let outcome = match missing.clone().or_else(|| part.missing(args)) {
             Some(reason) => Outcome::Skip(reason),
-            None => match measure(*part, args) {
-                Ok(rounds) => {
-                    boot.rounds.extend(rounds);
-                    Outcome::Ok
-                }
+            None => match measure(*part, args, &mut boot.rounds) {
+                Ok(()) => Outcome::Ok,
                 Err(error) => Outcome::NotOk(format!("{error:#}")),
             },
         };
@@ -161,12 +162,13 @@ fn run(args: &Args) -> Result<ExitCode> {
     Ok(ktap.finish())
 }
 
-/// All rounds of one part.
-fn measure(part: Part, args: &Args) -> Result<Vec<Vec<Measured>>> {
-    let kinds: &[Kind] = match vm::has_numa_page_tables()? {
-        true => &[Kind::Off, Kind::On],
-        false => &[Kind::Unpatched],
+/// All rounds of one part; those that were complete also where a later one was not.
+fn measure(part: Part, args: &Args, rounds: &mut Vec<Vec<Measured>>) -> Result<()> {
+    let mut kinds = match vm::has_numa_page_tables()? {
+        true => vec![Kind::Off, Kind::On],
+        false => vec![Kind::Unpatched],
     };
+    kinds.retain(|kind| args.kind.is_empty() || args.kind.contains(kind));
     let machine = match part {
         Part::DirtyLog => None,
         _ => Some(Machine::new(args)?),
@@ -196,7 +198,10 @@ fn measure(part: Part, args: &Args) -> Result<Vec<Vec<Measured>>> {
         // What the kernel makes once, for all VMs to come, is not theirs.
         round(0)?;
     }
-    (1..=args.rounds).map(round).collect()
+    (1..=args.rounds).try_for_each(|number| {
+        rounds.push(round(number)?);
+        Ok(())
+    })
 }
 
 /// Guest memory on node 1, for one VM after the other.
@@ -206,6 +211,8 @@ struct Machine {
     whole: Sweep,
     firsts: Sweep,
     leaves: u64,
+    /// How often each of two vCPUs has counted every page.
+    counted: Cell<[u32; 2]>,
 }
 
 impl Machine {
@@ -214,7 +221,7 @@ impl Machine {
         let cpus = balancing::node_cpus(CPU_NODE)?;
         balancing::set_affinity(&cpus[cpus.len().min(2) - 1..])?;
         let size = (args.memory as usize) << 20;
-        let memory = GuestMemory::zeroed(Backing::Anon, Pinned::None, size, MEMORY_NODE)?;
+        let memory = GuestMemory::new(Backing::Anon, Pinned::None, size, MEMORY_NODE)?;
         let pages = memory.pages();
         let leaves = pages / ENTRIES as usize;
         let sweep = |stride: usize, count| Sweep {
@@ -227,6 +234,7 @@ impl Machine {
             whole: sweep(1, pages),
             firsts: sweep(ENTRIES as usize, leaves),
             leaves: leaves as u64,
+            counted: Cell::default(),
         })
     }
 
@@ -267,6 +275,15 @@ impl Machine {
         Ok(values)
     }
 
+    /// Whether memory holds what both vCPUs have counted there, so many passes more than before.
+    fn verify(&self, passes: &[u64]) -> Result<()> {
+        let before = self.counted.get();
+        let now = [0, 1].map(|vcpu| before[vcpu] + passes[vcpu] as u32);
+        self.counted.set(now);
+        let expected = now.map(|count| vec![count; self.memory.pages()]);
+        self.memory.verify(&expected).map_err(|why| anyhow!(why))
+    }
+
     fn insert_counters(&self, vm: &Vm, values: &mut BTreeMap<Row, f64>) {
         // The unpatched kernel has neither.
         for (row, name, of) in [
@@ -286,7 +303,9 @@ impl Machine {
         let (mut again, mut faults) = (0, 0);
         for _ in 0..TOUCHES {
             let vm = self.vm(kind, 2)?;
-            vm.while_passing(0, self.whole, || vm.pass(1, self.whole))?;
+            vm.while_passing(0, self.whole, || vm.pass(1, self.whole))
+                .context("first touch")?;
+            self.verify(&[1, 1]).context("first touch")?;
             again += retries(&vm)?;
             faults += vm.vcpu_stat("pf_taken")?;
         }
@@ -301,7 +320,8 @@ impl Machine {
             let scans = || balancing::wait_for_scans(SCANS, LIMIT);
             let ran = vm.while_running(&[self.whole; 2], scans);
             balancing::enable(false)?;
-            ran?;
+            let (_, passes) = ran.context("while balancing migrates")?;
+            self.verify(&passes).context("while balancing migrates")?;
         }
         let migrated = Source::Vmstat.read()?.migrated - migrated;
         ensure!(migrated > 0, "balancing migrated no page");

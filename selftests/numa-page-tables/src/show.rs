@@ -9,7 +9,7 @@ use guest::spread::{deviation, mean, spread};
 use serde::{Deserialize, Serialize};
 
 /// On which kernel, and whether the VM asked for page tables on the node of the memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     /// On one that cannot be asked.
