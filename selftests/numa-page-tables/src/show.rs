@@ -268,8 +268,8 @@ place is worth cannot be seen.
 - vMitosis, which migrates and replicates them (Panwar et al., Fast Local Page-Tables for Virtualized NUMA Servers with \
 vMitosis, ASPLOS 2021, doi 10.1145/3445814.3446709), on four sockets with 1.5 TiB: \"a speedup of 1.8-3.1x for Thin \
 (single-socket) and 1.06-1.6x for Wide (multi-socket) workloads\".
-- The series of 2023 that was abandoned (\"NUMA aware page table allocation\"), by its cover letters: v1, \
-dirty_log_perf_test faster by 2-35 %; v3, 130-150 % in the pre-copy of a live migration of a VM with 416 vCPUs and 11 TiB on \
+- The series of 2023 that was abandoned (\"NUMA aware page table allocation\") reported: v1, 2-35 % in \
+dirty_log_perf_test; v3, 130-150 % in the pre-copy of a live migration of a VM with 416 vCPUs and 11 TiB on \
 eight nodes; v4 (https://lore.kernel.org/kvm/20230306224127.1689967-1-vipinsh@google.com/) gives none.
 ";
 
