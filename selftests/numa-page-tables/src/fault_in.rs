@@ -19,18 +19,13 @@ use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memcg::Source;
 use guest::memory::{Backing, GuestMemory, Pinned};
-use guest::needs::{self, Need};
+use guest::needs;
 use guest::vm::{self, Sweep, Vm};
 use numa_page_tables::dirty_log::{self, DirtyLog};
 use numa_page_tables::show::{self, Boot, Kind, Measured, Row, Unit};
 use numa_page_tables::tables::{retries, Tables, ENTRIES};
+use numa_page_tables::NEEDS;
 
-const ALL: &[Need] = &[
-    needs::KVM,
-    needs::TWO_NODES,
-    needs::NUMA_BALANCING,
-    needs::SCAN_SETTINGS,
-];
 /// How often memory is moved away from the vCPUs for balancing to bring it to them, and in how many scans.
 const MOVES: usize = 2;
 const SCANS: u64 = 3;
@@ -138,7 +133,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         false => &args.part[..],
     };
     let mut ktap = Ktap::start(parts.len());
-    let missing = needs::missing(ALL);
+    let missing = needs::missing(NEEDS);
     // Without this, balancing would move memory that is to stay.
     let _settings = missing.is_none().then(Settings::fast).transpose()?;
     let mut boot = Boot {
@@ -224,15 +219,13 @@ impl Machine {
         let memory = GuestMemory::new(Backing::Anon, Pinned::None, size, MEMORY_NODE)?;
         let pages = memory.pages();
         let leaves = pages / ENTRIES as usize;
-        let sweep = |stride: usize, count| Sweep {
-            first: 0,
-            stride: stride as isize,
-            count,
-        };
         Ok(Machine {
             memory: Arc::new(memory),
-            whole: sweep(1, pages),
-            firsts: sweep(ENTRIES as usize, leaves),
+            whole: Sweep::all(pages),
+            firsts: Sweep {
+                stride: ENTRIES as isize,
+                ..Sweep::all(leaves)
+            },
             leaves: leaves as u64,
             counted: Cell::default(),
         })

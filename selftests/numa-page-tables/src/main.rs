@@ -29,15 +29,10 @@ use follow::{follow, By};
 use numa_page_tables::dirty_log::{self, DirtyLog};
 use numa_page_tables::show::{Kind, Row};
 use numa_page_tables::tables::{Tables, ENTRIES};
+use numa_page_tables::NEEDS;
 use placed::{Case, Seen, FOLLOWING};
 use split::{split, When};
 
-const ALL: &[Need] = &[
-    needs::KVM,
-    needs::TWO_NODES,
-    needs::NUMA_BALANCING,
-    needs::SCAN_SETTINGS,
-];
 const VCPUS: usize = 2;
 /// Share of leaf tables that has to be where the memory is, in percent: at first, and after it was moved.
 const PLACED: u64 = 99;
@@ -97,7 +92,7 @@ struct Single {
 const fn single(name: &'static str, judge: fn(&Machine) -> Result<()>) -> Single {
     Single {
         name,
-        needs: ALL,
+        needs: NEEDS,
         nested_paging: None,
         judge,
     }
@@ -193,7 +188,7 @@ fn run(args: &Args) -> Result<ExitCode> {
     );
     let of_cases: usize = Case::all().map(|case| case.tests().len()).sum();
     let mut ktap = Ktap::start(of_cases + 1 + SINGLE.len());
-    let missing = needs::missing(ALL);
+    let missing = needs::missing(NEEDS);
     let machine = Machine {
         has: needs::missing(&[needs::KVM]).is_none() && vm::has_numa_page_tables()?,
         memory: (args.memory as usize) << 20,
