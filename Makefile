@@ -55,6 +55,9 @@ test-page-tables: kernels selftests ## The series numa-page-tables: where KVM's 
 compare-page-tables: kernels selftests ## What the series numa-page-tables gives and costs: placement, retries and cost of faults, N= rounds
 	@scripts/compare-page-tables
 
+compare-delayed-map: kernels selftests ## What it costs other CPUs, and a VM, if a hint fault maps a page before it migrates it, N= rounds
+	@scripts/compare-delayed-map
+
 test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (TESTS="kvm:NAME ...": only these)
 	@scripts/kselftest $(TESTS)
 
@@ -121,4 +124,4 @@ clean: ## Remove what was built; kernel trees with changes of your own are kept
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-page-tables test-kselftest kselftest-install lab test-arches kernels modules selftests boot bench-recorder compare compare-page-tables report patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-page-tables test-kselftest kselftest-install lab test-arches kernels modules selftests boot bench-recorder compare compare-page-tables compare-delayed-map report patches-apply patches-export checkpatch clean distclean

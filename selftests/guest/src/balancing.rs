@@ -43,6 +43,15 @@ fn cpu_list(path: &str) -> Result<Vec<usize>> {
     Ok(cpus)
 }
 
+/// What its meminfo says of `node`, such as `MemFree:`, in KiB.
+pub fn meminfo_kib(node: usize, what: &str) -> Result<u64> {
+    let path = format!("/sys/devices/system/node/node{node}/meminfo");
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let line = text.lines().find(|line| line.contains(what));
+    let kib = line.and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
+    kib.with_context(|| format!("{path}: no {what}"))
+}
+
 /// Whether the memory of [`MEMORY_NODE`] is a slower tier.
 pub fn tiers() -> Result<bool> {
     Ok(node_cpus(MEMORY_NODE)?.is_empty())

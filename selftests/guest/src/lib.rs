@@ -15,6 +15,7 @@
 //! - [`memcg`]: what the memory cgroup counted of it.
 //! - [`ksm`]: merging of equal pages.
 //! - [`tracefs`]: how often a tracepoint fired.
+//! - [`unmaps`]: what KVM unmapped, and on whose account.
 //! - [`spans`]: how long functions of the kernel took.
 //! - [`pages`]: pages that are protected and discarded at will.
 //! - [`needs`]: what the machine must have for all that.
@@ -37,6 +38,7 @@ pub mod spans;
 pub mod spread;
 pub mod stats;
 pub mod tracefs;
+pub mod unmaps;
 pub mod vm;
 pub mod workload;
 

@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::ptr;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
@@ -292,6 +293,15 @@ impl GuestMemory {
                 start..start + PAGE as u64
             })
             .collect()
+    }
+
+    /// Counts up the word of vCPU `vcpu` in base page `page`, as that vCPU does.
+    pub fn count(&self, page: usize, vcpu: usize) {
+        assert!(page < self.pages() && vcpu < TAG / 4, "no such word");
+        // SAFETY: inside the mapping and aligned; whoever changes it while others may does so by an atomic instruction.
+        let word =
+            unsafe { AtomicU32::from_ptr(self.base.add(page * PAGE).cast::<u32>().add(vcpu)) };
+        word.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Reads a word of every base page, as this thread.

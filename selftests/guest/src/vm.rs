@@ -490,6 +490,13 @@ impl Vm {
         self.stats.read(name)
     }
 
+    /// Faults of the vCPUs that led to nothing, and so were taken again.
+    pub fn retries(&self) -> Result<u64> {
+        let ended = ["pf_fixed", "pf_emulate", "pf_spurious"].map(|name| self.vcpu_stat(name));
+        let ended: u64 = ended.into_iter().sum::<Result<u64>>()?;
+        Ok(self.vcpu_stat("pf_taken")?.saturating_sub(ended))
+    }
+
     /// A statistic of the vCPUs, summed.
     pub fn vcpu_stat(&self, name: &str) -> Result<u64> {
         self.vcpus.iter().map(|vcpu| vcpu.stats.read(name)).sum()

@@ -23,7 +23,7 @@ use guest::needs;
 use guest::vm::{self, Sweep, Vm};
 use numa_page_tables::dirty_log::{self, DirtyLog};
 use numa_page_tables::show::{self, Boot, Kind, Measured, Row, Unit};
-use numa_page_tables::tables::{retries, Tables, ENTRIES};
+use numa_page_tables::tables::{Tables, ENTRIES};
 use numa_page_tables::NEEDS;
 
 /// How often memory is moved away from the vCPUs for balancing to bring it to them, and in how many scans.
@@ -299,7 +299,7 @@ impl Machine {
             vm.while_passing(0, self.whole, || vm.pass(1, self.whole))
                 .context("first touch")?;
             self.verify(&[1, 1]).context("first touch")?;
-            again += retries(&vm)?;
+            again += vm.retries()?;
             faults += vm.vcpu_stat("pf_taken")?;
         }
         values.insert(Row::RetriesQuiet, per_1000(again, faults));
@@ -318,7 +318,7 @@ impl Machine {
         }
         let migrated = Source::Vmstat.read()?.migrated - migrated;
         ensure!(migrated > 0, "balancing migrated no page");
-        let (again, faults) = (retries(&vm)?, vm.vcpu_stat("pf_taken")?);
+        let (again, faults) = (vm.retries()?, vm.vcpu_stat("pf_taken")?);
         values.insert(Row::RetriesLoad, per_1000(again, faults));
         values.insert(Row::FaultsLoad, faults as f64);
         values.insert(Row::Migrated, migrated as f64);

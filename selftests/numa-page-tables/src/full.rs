@@ -4,8 +4,7 @@
 use std::{fs, io, ptr};
 
 use anyhow::{bail, ensure, Context, Result};
-
-use numa_page_tables::tables::kib;
+use guest::balancing::meminfo_kib;
 
 const RESERVE: &str = "/proc/sys/vm/min_free_kbytes";
 /// How much is taken at a time: a huge page goes in.
@@ -28,12 +27,15 @@ pub fn fill(node: usize) -> Result<Full> {
     // What others free meanwhile makes a chunk look as if it came from elsewhere.
     let mut elsewhere = 0;
     while elsewhere < 4 {
-        let before = kib(node, "MemFree:")?;
+        let before = meminfo_kib(node, "MemFree:")?;
         full.take(node)?;
-        let is_from_node = kib(node, "MemFree:")? + (CHUNK as u64 / 2048) <= before;
+        let is_from_node = meminfo_kib(node, "MemFree:")? + (CHUNK as u64 / 2048) <= before;
         elsewhere = if is_from_node { 0 } else { elsewhere + 1 };
     }
-    let (free, total) = (kib(node, "MemFree:")?, kib(node, "MemTotal:")?);
+    let (free, total) = (
+        meminfo_kib(node, "MemFree:")?,
+        meminfo_kib(node, "MemTotal:")?,
+    );
     ensure!(
         free <= total / 16,
         "node {node} has {free} KiB free that are not given"

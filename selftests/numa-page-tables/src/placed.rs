@@ -11,7 +11,7 @@ use guest::vm::{Clearing, Vm};
 use serde::Serialize;
 
 use crate::{share, Machine, ABOVE, FOLLOWED, PLACED, VCPUS};
-use numa_page_tables::tables::{retries, Tables, ENTRIES};
+use numa_page_tables::tables::{Tables, ENTRIES};
 
 /// What the VM's memory is made of, and whether its page tables are wanted where that is.
 #[derive(Clone, Copy)]
@@ -134,7 +134,7 @@ impl Case {
             }
             _ => (of_vm()?, None),
         };
-        let retries = retries(&vm)?;
+        let retries = vm.retries()?;
         memory.move_to(CPU_NODE)?;
         touch()?;
         let moved = match self.backing {

@@ -4,8 +4,7 @@
 use std::fs;
 
 use anyhow::{Context, Result};
-use guest::balancing::{CPU_NODE, MEMORY_NODE};
-use guest::vm::Vm;
+use guest::balancing::{meminfo_kib, CPU_NODE, MEMORY_NODE};
 use serde::{Deserialize, Serialize};
 
 /// Entries of a page table, and so base pages that a leaf table maps.
@@ -24,7 +23,7 @@ impl Tables {
         // Each CPU keeps some of the count to itself, until asked.
         const REFRESH: &str = "/proc/sys/vm/stat_refresh";
         fs::write(REFRESH, "1").context(REFRESH)?;
-        let of = |node| Ok::<_, anyhow::Error>(kib(node, "SecPageTables:")? / 4);
+        let of = |node| Ok::<_, anyhow::Error>(meminfo_kib(node, "SecPageTables:")? / 4);
         Ok(Tables {
             cpu_node: of(CPU_NODE)?,
             memory_node: of(MEMORY_NODE)?,
@@ -48,22 +47,6 @@ impl Tables {
         };
         on_node as f64 * 100.0 / leaves as f64
     }
-}
-
-/// Faults that led to nothing, and so were taken again.
-pub fn retries(vm: &Vm) -> Result<u64> {
-    let ended = ["pf_fixed", "pf_emulate", "pf_spurious"].map(|name| vm.vcpu_stat(name));
-    let ended: u64 = ended.into_iter().sum::<Result<u64>>()?;
-    Ok(vm.vcpu_stat("pf_taken")?.saturating_sub(ended))
-}
-
-/// What its meminfo says of `node`, in KiB.
-pub fn kib(node: usize, what: &str) -> Result<u64> {
-    let path = format!("/sys/devices/system/node/node{node}/meminfo");
-    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    let line = text.lines().find(|line| line.contains(what));
-    let kib = line.and_then(|line| line.split_whitespace().nth(3)?.parse().ok());
-    kib.with_context(|| format!("{path}: no {what}"))
 }
 
 #[cfg(test)]

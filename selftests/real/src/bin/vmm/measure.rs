@@ -19,22 +19,14 @@ use std::{io, thread};
 use anyhow::{bail, ensure, Context, Result};
 use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memcg::{self, Source};
-use guest::tracefs::{Bin, Histogram, CALLERS};
+use guest::tracefs::{Bin, Histogram};
+use guest::unmaps::{Unmaps, SCAN};
 use guest::PAGE;
 use serde::{Deserialize, Serialize};
 use trace::client::Client;
 use trace::record::{event, kind, Record};
 use trace::sequence::Sequence;
 
-/// The function in which a scan makes pages PROT_NONE, of a part of one mapping at a time.
-const SCAN: &str = "change_prot_numa";
-/// What KVM calls for each range of guest memory that it unmaps, and its tracepoint of entries in its page tables that
-/// change.
-const UNMAP: &str = "kvm_unmap_gfn_range";
-const ENTRY: &str = "kvmmmu/kvm_tdp_mmu_spte_changed";
-/// Of those, the ones that mapped a page, and are there no longer. Bit 11 is KVM's own for an entry that is there, bit 7 the
-/// processor's for a huge page.
-const DROPPED: &str = "(level == 1 || old_spte & 0x80) && old_spte & 0x800 && !(new_spte & 0x800)";
 /// Where user space tells KVM of guest memory (`struct kvm_userspace_memory_region2`).
 const SLOT: &str = "kvm_set_memory_region";
 const SLOT_ARGUMENTS: &str = "size=+16($arg2):u64 hva=+24($arg2):u64";
@@ -112,16 +104,13 @@ pub fn run(vmm: &Vmm, limit: Duration, mut waiting: impl FnMut(Duration)) -> Res
             entry.path().display()
         );
     }
-    let by_caller = format!("keys={CALLERS}:size=4096");
     let scans = Histogram::of_returns(
         SCAN,
         "start=$arg2:u64 end=$arg3:u64 hinted=$retval:u64",
         "keys=start,end:vals=hinted:size=65536",
     )?;
     let slots = Histogram::of_calls(SLOT, SLOT_ARGUMENTS, "keys=hva,size")?;
-    let unmaps = Histogram::of_calls(UNMAP, "", &by_caller)?;
-    let drops = format!("keys=level,{CALLERS}:size=4096 if {DROPPED}");
-    let drops = Histogram::of(ENTRY, &drops)?;
+    let unmaps = Unmaps::start()?;
 
     memcg::allow_nodes(vmm.memcg, &MEMORY_NODE.to_string())?;
     let started = start(vmm)?;
@@ -172,7 +161,7 @@ pub fn run(vmm: &Vmm, limit: Duration, mut waiting: impl FnMut(Duration)) -> Res
     let scans = scans.read()?;
     let scans = scans.iter().filter(|bin| overlap(&guest, &range(bin)));
     let scans: Vec<&Bin> = scans.collect();
-    let (unmaps, drops) = (unmaps.read()?, drops.read()?);
+    let (unmapped, for_scans) = (unmaps.all()?, unmaps.by(SCAN)?);
     // Its counters reach the kernel's file only once there are enough of them: those of this process, too.
     memcg::join(vmm.memcg)?;
     let numa = Source::Memcg(vmm.memcg.into()).read()?;
@@ -186,9 +175,9 @@ pub fn run(vmm: &Vmm, limit: Duration, mut waiting: impl FnMut(Duration)) -> Res
         hinted: scans.iter().map(|bin| bin.fields["hinted"]).sum(),
         hint_faults: numa.hint_faults,
         migrated: numa.migrated,
-        unmap_calls: unmaps.iter().map(|bin| bin.hits).sum(),
-        scan_unmap_calls: unmaps.iter().filter(for_scans).map(|bin| bin.hits).sum(),
-        dropped: drops.iter().filter(for_scans).map(pages).sum(),
+        unmap_calls: unmapped.calls,
+        scan_unmap_calls: for_scans.calls,
+        dropped: for_scans.dropped,
         flush_requests: machine.read("remote_tlb_flush_requests")?,
         flushes: machine.read("remote_tlb_flush")?,
         faults: machine.read("pf_fixed")?,
@@ -210,18 +199,6 @@ pub fn run(vmm: &Vmm, limit: Duration, mut waiting: impl FnMut(Duration)) -> Res
         trace,
         guest,
     })
-}
-
-/// Whether a scan caused it.
-fn for_scans(bin: &&Bin) -> bool {
-    bin.callers
-        .iter()
-        .any(|caller| caller.split('+').next() == Some(SCAN))
-}
-
-/// Pages that entries of a level map: on each, 512 times as many as on the one below.
-fn pages(bin: &Bin) -> u64 {
-    bin.hits << (9 * (bin.fields["level"] - 1))
 }
 
 fn range(bin: &Bin) -> Range<u64> {
@@ -383,15 +360,5 @@ mod tests {
         ] {
             assert_eq!(overlap(&guest, &range), meets, "{range:?}");
         }
-    }
-
-    #[test]
-    fn entries_of_a_level_above_map_more_pages() {
-        let bin = |level: u64| Bin {
-            fields: [("level".to_string(), level)].into(),
-            hits: 3,
-            ..Bin::default()
-        };
-        assert_eq!([1, 2].map(|level| pages(&bin(level))), [3, 1536]);
     }
 }
