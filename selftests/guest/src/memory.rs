@@ -243,6 +243,24 @@ impl GuestMemory {
         }
     }
 
+    /// Unpins all of it, which io_uring does some time later.
+    pub fn unpin(&mut self) {
+        self.pins = None;
+        self.pinned = Pinned::None;
+    }
+
+    /// Takes base page `page` of private memory away; the next access gets another one, which is not pinned.
+    pub fn discard(&self, page: usize) -> Result<()> {
+        assert!(page < self.pages(), "no such page");
+        // SAFETY: a page of our own mapping, of which nobody holds a reference.
+        let rc =
+            unsafe { libc::madvise(self.base.add(page * PAGE).cast(), PAGE, libc::MADV_DONTNEED) };
+        match rc {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()).context("madvise(MADV_DONTNEED)"),
+        }
+    }
+
     /// Whether base page `page` is pinned.
     pub fn is_pinned(&self, page: usize) -> bool {
         match self.pinned {

@@ -3,6 +3,7 @@
 //! process. Binds that device to vfio-pci, where it stays.
 
 use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -23,8 +24,10 @@ const MAX_BUFFER: usize = 1 << 30;
 /// Who holds the pins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holder {
-    /// io_uring.
+    /// io_uring of root, whose pins are accounted nowhere.
     IoUring,
+    /// io_uring of somebody without CAP_IPC_LOCK: its pins are in the process's VmPin.
+    IoUringUser,
     /// An assigned device, by VFIO's container (type 1).
     Type1,
     /// An assigned device, by iommufd and the device's own character device.
@@ -33,12 +36,18 @@ pub enum Holder {
 
 impl Holder {
     /// All of them.
-    pub const ALL: [Holder; 3] = [Holder::IoUring, Holder::Type1, Holder::Iommufd];
+    pub const ALL: [Holder; 4] = [
+        Holder::IoUring,
+        Holder::IoUringUser,
+        Holder::Type1,
+        Holder::Iommufd,
+    ];
 
     /// The name on command lines.
     pub fn name(self) -> &'static str {
         match self {
             Holder::IoUring => "io_uring",
+            Holder::IoUringUser => "io_uring_user",
             Holder::Type1 => "type1",
             Holder::Iommufd => "iommufd",
         }
@@ -47,7 +56,7 @@ impl Holder {
     /// What this one lacks here.
     pub fn missing(self) -> Option<String> {
         let need = match self {
-            Holder::IoUring => return needs::missing([&needs::IO_URING]),
+            Holder::IoUring | Holder::IoUringUser => return needs::missing([&needs::IO_URING]),
             Holder::Type1 => &needs::VFIO_TYPE1,
             Holder::Iommufd => &needs::IOMMUFD,
         };
@@ -62,7 +71,9 @@ impl FromStr for Holder {
         Holder::ALL
             .into_iter()
             .find(|one| one.name() == text)
-            .with_context(|| format!("{text}: nobody who pins: io_uring, type1 or iommufd"))
+            .with_context(|| {
+                format!("{text}: nobody who pins: io_uring, io_uring_user, type1 or iommufd")
+            })
     }
 }
 
@@ -76,8 +87,8 @@ impl Pins {
     /// Has `holder` pin `parts` of `whole`, all of which must be mapped until this is dropped.
     pub(crate) fn new(holder: Holder, whole: Range<u64>, parts: Vec<Range<u64>>) -> Result<Pins> {
         Ok(match holder {
-            Holder::IoUring => Pins::IoUring {
-                _ring: ring(parts)?,
+            Holder::IoUring | Holder::IoUringUser => Pins::IoUring {
+                _ring: ring(holder, parts)?,
             },
             Holder::Type1 | Holder::Iommufd => {
                 let device = Device::open(holder)?;
@@ -91,7 +102,7 @@ impl Pins {
 }
 
 /// Registers buffers, which pins them.
-fn ring(parts: Vec<Range<u64>>) -> Result<IoUring> {
+fn ring(holder: Holder, parts: Vec<Range<u64>>) -> Result<IoUring> {
     let split = |part: Range<u64>| {
         let end = part.end;
         part.step_by(MAX_BUFFER).map(move |start| libc::iovec {
@@ -100,11 +111,42 @@ fn ring(parts: Vec<Range<u64>>) -> Result<IoUring> {
         })
     };
     let buffers: Vec<libc::iovec> = parts.into_iter().flat_map(split).collect();
-    let ring = IoUring::new(1).context("io_uring_setup(): is CONFIG_IO_URING set?")?;
+    let new = || IoUring::new(1).context("io_uring_setup(): is CONFIG_IO_URING set?");
+    let ring = match holder {
+        Holder::IoUringUser => without_capabilities(new)?,
+        _ => new()?,
+    };
     // SAFETY: the caller keeps the mapping until the ring is closed.
     unsafe { ring.submitter().register_buffers(&buffers) }
         .context("IORING_REGISTER_BUFFERS: needs root or a higher RLIMIT_MEMLOCK")?;
     Ok(ring)
+}
+
+/// Does `work` as somebody else, who has no capabilities, and may lock as much as he likes.
+fn without_capabilities<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    const NOBODY: libc::uid_t = 65534;
+    let all = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // By the system call, which changes this thread alone.
+    let become_user = |user: libc::uid_t| -> Result<()> {
+        // SAFETY: takes numbers only.
+        let rc = unsafe { libc::syscall(libc::SYS_setresuid, -1, user, -1) };
+        ensure!(rc == 0, "setresuid(): {}", io::Error::last_os_error());
+        Ok(())
+    };
+    // SAFETY: the kernel reads the limits.
+    let rc = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &all) };
+    ensure!(
+        rc == 0,
+        "setrlimit(): {}: needs root",
+        io::Error::last_os_error()
+    );
+    become_user(NOBODY)?;
+    let done = work();
+    become_user(0)?;
+    done
 }
 
 /// QEMU's device for teaching (its docs/specs/edu.rst), assigned to this process: it copies guest memory that is mapped for it.
@@ -199,7 +241,7 @@ impl Device {
                 let iommufd = Arc::new(IommuFd::new().context("/dev/iommu")?);
                 Arc::new(VfioIommufd::new(iommufd, None, None)?)
             }
-            Holder::IoUring => bail!("io_uring has no device"),
+            Holder::IoUring | Holder::IoUringUser => bail!("io_uring has no device"),
         };
         let device = VfioDevice::new(&path, space.clone())
             .with_context(|| format!("open {}", path.display()))?;

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: GPL-2.0
+//! How often NUMA scans walk over memory that is all pinned, and that they walk over it at once when that is over. Pins its own
+//! memory, and changes the machine's scan settings while it runs.
+//!
+//! Prints KTAP. Scans are ten a second; a thread uses CPU time, so that they happen. A scan of the process ends each time
+//! (`mm->numa_scan_seq`), whether or not it walked over the memory; walks are calls of [`WALK`].
+
+use std::fs;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
+use guest::ktap::{diagnostic, Ktap, Outcome};
+use guest::memcg::Source;
+use guest::memory::{Backing, GuestMemory, Pinned};
+use guest::needs::{self, Need};
+use guest::pins::Holder;
+use guest::tracefs::Tracepoint;
+
+const NEEDS: &[Need] = &[
+    needs::TWO_NODES,
+    needs::NUMA_BALANCING,
+    needs::SCAN_SETTINGS,
+    needs::KPROBE_EVENTS,
+    needs::IO_URING,
+    needs::THP,
+];
+/// The function that makes pages PROT_NONE, and its arguments but the first.
+const WALK: &str = "change_prot_numa";
+const WALK_ARGUMENTS: &str = "start=$arg2:u64 end=$arg3:u64";
+/// Memory in bytes.
+const MEMORY: usize = 16 << 20;
+/// In how many scans walks are counted, and how many of these there may be: fewer than a tenth.
+const SCANS: u64 = 64;
+const FEW: u64 = SCANS / 10;
+/// How soon a change is noticed: by the first scan that begins after it, which is the second to end at the latest.
+const SOON: u64 = 2;
+/// The longest that scans may take, and what is done behind the back of this process.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A test, of what kind of memory, pinned by whom.
+struct Test {
+    name: &'static str,
+    backing: Backing,
+    holder: Holder,
+    judge: fn(&mut Memory) -> Result<()>,
+}
+
+const TESTS: &[Test] = &[
+    test(
+        "anon.left_out",
+        Backing::Anon,
+        Holder::IoUringUser,
+        left_out,
+    ),
+    test(
+        "memfd.left_out",
+        Backing::Memfd,
+        Holder::IoUringUser,
+        left_out,
+    ),
+    test("thp.left_out", Backing::Thp, Holder::IoUringUser, left_out),
+    test(
+        "anon.unpinned",
+        Backing::Anon,
+        Holder::IoUringUser,
+        unpinned,
+    ),
+    test(
+        "memfd.unpinned",
+        Backing::Memfd,
+        Holder::IoUringUser,
+        unpinned,
+    ),
+    test("thp.unpinned", Backing::Thp, Holder::IoUringUser, unpinned),
+    test(
+        "anon.mapped_anew",
+        Backing::Anon,
+        Holder::IoUringUser,
+        mapped_anew,
+    ),
+    // Nobody would say when these are gone.
+    test(
+        "anon.not_accounted",
+        Backing::Anon,
+        Holder::IoUring,
+        not_accounted,
+    ),
+];
+
+const fn test(
+    name: &'static str,
+    backing: Backing,
+    holder: Holder,
+    judge: fn(&mut Memory) -> Result<()>,
+) -> Test {
+    Test {
+        name,
+        backing,
+        holder,
+        judge,
+    }
+}
+
+fn main() -> ExitCode {
+    let mut ktap = Ktap::start(TESTS.len());
+    for test in TESTS {
+        let outcome = match needs::missing(NEEDS) {
+            Some(reason) => Outcome::Skip(reason),
+            None => match test.run() {
+                Ok(()) => Outcome::Ok,
+                Err(error) => Outcome::NotOk(format!("{error:#}")),
+            },
+        };
+        ktap.result(&format!("pinned_scans.{}", test.name), &outcome);
+    }
+    ktap.finish()
+}
+
+impl Test {
+    fn run(&self) -> Result<()> {
+        // Only what is placed below is scanned.
+        balancing::forbid_scans(CPU_NODE)?;
+        balancing::set_affinity(&balancing::node_cpus(CPU_NODE)?)?;
+        let _settings = Settings::fast()?;
+        let memory =
+            GuestMemory::pinned_by(self.holder, self.backing, Pinned::All, MEMORY, MEMORY_NODE)?;
+        let addresses = memory.addresses();
+        let inside = format!("start < {} && end > {}", addresses.end, addresses.start);
+        let mut memory = Memory {
+            walks: Tracepoint::count_calls(WALK, WALK_ARGUMENTS, &inside)?,
+            memory,
+        };
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+            let judged = balancing::enable(true).and_then(|()| (self.judge)(&mut memory));
+            stop.store(true, Ordering::Relaxed);
+            balancing::enable(false).and(judged)
+        })
+    }
+}
+
+/// Memory that is scanned, and the walks over it.
+struct Memory {
+    memory: GuestMemory,
+    walks: Tracepoint,
+}
+
+impl Memory {
+    /// Waits for a walk, so that one has just been.
+    fn wait_for_walk(&self) -> Result<()> {
+        let (before, begun) = (self.walks.fired()?, Instant::now());
+        while self.walks.fired()? == before {
+            ensure!(begun.elapsed() < LIMIT, "no walk in {LIMIT:?}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Walks in so many scans.
+    fn walks_in(&self, scans: u64) -> Result<u64> {
+        let before = self.walks.fired()?;
+        balancing::wait_for_scans(scans, LIMIT)?;
+        Ok(self.walks.fired()? - before)
+    }
+
+    /// The first walk may have begun before all was ready.
+    fn settle(&self) -> Result<()> {
+        self.wait_for_walk()?;
+        self.wait_for_walk()
+    }
+}
+
+/// There are few walks, but there are some.
+fn left_out(memory: &mut Memory) -> Result<()> {
+    memory.settle()?;
+    let walks = memory.walks_in(SCANS)?;
+    diagnostic(&format!("{walks} walks in {SCANS} scans"));
+    ensure!((1..=FEW).contains(&walks), "{walks} walks in {SCANS} scans");
+    Ok(())
+}
+
+/// Once it is not pinned any more, all of it is hinted by the next scan.
+fn unpinned(memory: &mut Memory) -> Result<()> {
+    memory.settle()?;
+    let before = Source::Vmstat.read()?.pte_updates;
+    memory.memory.unpin();
+    let begun = Instant::now();
+    while accounted()? > 0 {
+        ensure!(
+            begun.elapsed() < LIMIT,
+            "it is still pinned after {LIMIT:?}"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+    balancing::wait_for_scans(SOON, LIMIT)?;
+    let hinted = Source::Vmstat.read()?.pte_updates - before;
+    let pages = memory.memory.pages() as u64;
+    ensure!(
+        hinted >= pages,
+        "{hinted} of {pages} pages hinted {SOON} scans later"
+    );
+    Ok(())
+}
+
+/// A page that takes a pinned one's place is hinted by the next scan, and moved when it is touched.
+fn mapped_anew(memory: &mut Memory) -> Result<()> {
+    let page = memory.memory.pages() / 2;
+    memory.memory.discard(page)?;
+    memory.settle()?;
+    let walks = memory.walks_in(SOON)?;
+    let before = Source::Vmstat.read()?.pte_updates;
+    memory.memory.count(page, 0);
+    balancing::wait_for_scans(SOON, LIMIT)?;
+    let hinted = Source::Vmstat.read()?.pte_updates - before;
+    ensure!(
+        hinted >= 1,
+        "{hinted} pages hinted {SOON} scans later; {walks} walks before"
+    );
+    Ok(())
+}
+
+/// Each scan walks over it. Older kernels account for what root's io_uring pins, too.
+fn not_accounted(memory: &mut Memory) -> Result<()> {
+    if accounted()? > 0 {
+        return unpinned(memory);
+    }
+    memory.settle()?;
+    let walks = memory.walks_in(SCANS)?;
+    ensure!(walks + SOON >= SCANS, "{walks} walks in {SCANS} scans");
+    Ok(())
+}
+
+/// What this process has pinned, as far as that is accounted, in KiB.
+fn accounted() -> Result<u64> {
+    const STATUS: &str = "/proc/self/status";
+    let text = fs::read_to_string(STATUS).context(STATUS)?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmPin:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    kib.with_context(|| format!("{STATUS}: no VmPin"))
+}
