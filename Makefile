@@ -2,20 +2,20 @@
 # The front door: `make run` does the main job, `make help` lists the rest. Each target calls one script; what is built
 # goes to build/, what is fetched to the cache folder ($XDG_CACHE_HOME, ~/.cache).
 #
-# Variables: KSRC=/path a kernel source tree of your own (only read), KDIR=/path a kernel build of your own for
-# `modules`, LLVM=1 for clang, V=1 the whole output, ACCEL=tcg|kvm|counted|auto, RUNNER=vng for virtme-ng,
-# TESTS="PROGRAM[,ARG...]", JOBS=N.
+# Variables: BASE=v6.12 another kernel that there are patches for (scripts/versions), KSRC=/path a kernel source tree of your
+# own (only read), KDIR=/path a kernel build of your own for `modules`, LLVM=1 for clang, V=1 the whole output,
+# ACCEL=tcg|kvm|counted|auto, RUNNER=vng for virtme-ng, TESTS="PROGRAM[,ARG...]", JOBS=N.
 
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 
-export ARCH LLVM V KSRC KDIR TESTS ACCEL RUNNER JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256 INSTALL_PATH URL
+export BASE ARCH LLVM V KSRC KDIR TESTS ACCEL RUNNER JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256 INSTALL_PATH URL
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
-BUILD := build/v7.3
+BUILD := build/$(or $(BASE),v7.3)
 export XDG_CACHE_HOME ?= $(HOME)/.cache
 
 help: ## What can be made
@@ -74,6 +74,10 @@ bench-recorder: modules selftests ## What it costs to record a callback, in inst
 	@RESULTS=bench APPEND=tsc=reliable scripts/boot patched /bin/bench-recorder,--cpus=1,--cpus=2,--cpus=4,--steps=4
 	@cat $(BUILD)/patched/bench.counted/bench-recorder.txt $(BUILD)/patched/bench/bench-recorder.txt
 
+bench-scan: modules selftests ## What NUMA scans of pinned memory cost on both kernels, by its size
+	@for kernel in unpatched patched; do RESULTS=bench.scan APPEND=tsc=reliable scripts/boot $$kernel /bin/bench-scan || exit; done
+	@tail -n +1 $(BUILD)/{unpatched,patched}/bench.scan/bench-scan.txt
+
 test-arches: ## What each of the two series touches, compiled for other architectures and with options off
 	@scripts/kernel-tree unpatched
 	@scripts/arches
@@ -124,4 +128,4 @@ clean: ## Remove what was built; kernel trees with changes of your own are kept
 distclean: clean ## Remove the cache folder too: sources, toolchain, compiler caches
 	@scripts/clean cache
 
-.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-page-tables test-kselftest kselftest-install lab test-arches kernels modules selftests boot bench-recorder compare compare-page-tables compare-delayed-map report patches-apply patches-export checkpatch clean distclean
+.PHONY: help run test test-debug test-each-patch test-mutants test-matrix test-real test-page-tables test-kselftest kselftest-install lab test-arches kernels modules selftests boot bench-recorder bench-scan compare compare-page-tables compare-delayed-map report patches-apply patches-export checkpatch clean distclean

@@ -147,6 +147,10 @@ fn run(args: &Args) -> Result<ExitCode> {
             Some(reason) => Outcome::Skip(reason),
             None => match (test.run)(&source) {
                 Ok(()) => Outcome::Ok,
+                // What KVM has not yet.
+                Err(error) if guest::errno(&error) == Some(libc::ENOTTY) => {
+                    Outcome::Skip(format!("{error:#}"))
+                }
                 Err(error) => Outcome::NotOk(format!("{error:#}")),
             },
         };
