@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
@@ -74,7 +74,7 @@ impl Tracepoint {
         let folder = self.instance.join("per_cpu");
         for cpu in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
             let path = cpu?.path().join("stats");
-            let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            let text = read_at_once(&path).with_context(|| path.display().to_string())?;
             fired += total(&text).with_context(|| path.display().to_string())?;
         }
         if let Some(Probe(event)) = &self.probe {
@@ -341,6 +341,14 @@ pub(crate) fn append(path: &Path, line: &str) -> io::Result<()> {
         .append(true)
         .open(path)?
         .write_all(format!("{line}\n").as_bytes())
+}
+
+/// What a short file of tracefs says, by one system call: each makes the text anew, with other numbers.
+fn read_at_once(path: &Path) -> io::Result<String> {
+    let mut text = vec![0; 4096];
+    let length = fs::File::open(path)?.read(&mut text)?;
+    text.truncate(length);
+    String::from_utf8(text).map_err(io::Error::other)
 }
 
 /// All events that a `stats` file of tracefs speaks of, also those that are not in the buffer any more.

@@ -35,8 +35,8 @@ use kvm_bindings::{
     kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_create_guest_memfd, kvm_enable_cap,
     kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region,
     kvm_userspace_memory_region2, Msrs, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_GUEST_MEMFD,
-    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_EXIT_INTERNAL_ERROR,
+    KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
@@ -883,6 +883,26 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Where it is, and what is being delivered to it, for people.
+    fn state(&mut self) -> Result<String> {
+        let regs = self.vcpu.get_regs().context("KVM_GET_REGS")?;
+        let events = self.vcpu.get_vcpu_events().context("KVM_GET_VCPU_EVENTS")?;
+        let run = self.vcpu.get_kvm_run();
+        let internal = match run.exit_reason {
+            KVM_EXIT_INTERNAL_ERROR => {
+                // SAFETY: this is the member that goes with the reason, and numbers.
+                let internal = unsafe { run.__bindgen_anon_1.internal };
+                let data = &internal.data[..(internal.ndata as usize).min(internal.data.len())];
+                format!(", suberror {} with {data:x?}", internal.suberror)
+            }
+            _ => String::new(),
+        };
+        Ok(format!(
+            "the program being at {:#x}; {regs:x?}, {:x?}, {:x?}{internal}",
+            self.program_address, events.exception, events.interrupt
+        ))
+    }
+
     /// Runs the program from its `entry`, with these registers, until it halts.
     fn run_to_halt(&mut self, entry: u64, regs: kvm_regs) -> Result<()> {
         let regs = kvm_regs {
@@ -898,7 +918,10 @@ impl Vcpu {
                 Ok(VcpuExit::Hlt) => return Ok(()),
                 Ok(VcpuExit::Intr) => continue,
                 Ok(exit @ VcpuExit::MemoryFault { .. }) => anyhow!("{exit:?}"),
-                Ok(exit) => bail!("unexpected exit from the guest: {exit:?}"),
+                Ok(exit) => {
+                    let exit = format!("{exit:?}");
+                    bail!("unexpected exit from the guest: {exit}, {}", self.state()?);
+                }
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => continue,
                 Err(error) => {
                     let errno = error.errno();

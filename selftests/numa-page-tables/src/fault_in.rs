@@ -306,18 +306,28 @@ impl Machine {
         values.insert(Row::FaultsQuiet, faults as f64);
 
         let vm = self.vm(kind, 2)?;
-        let migrated = Source::Vmstat.read()?.migrated;
+        let migrated = || Ok::<_, anyhow::Error>(Source::Vmstat.read()?.migrated);
+        let before = migrated()?;
         for _ in 0..MOVES {
             self.memory.move_to(MEMORY_NODE)?;
+            let here = migrated()?;
             balancing::enable(true)?;
-            let scans = || balancing::wait_for_scans(SCANS, LIMIT);
-            let ran = vm.while_running(&[self.whole; 2], scans);
+            // On a busy machine, vCPUs may not have got to hinted pages by then.
+            let ran = vm.while_running(&[self.whole; 2], || {
+                let begun = Instant::now();
+                loop {
+                    balancing::wait_for_scans(SCANS, LIMIT)?;
+                    if migrated()? > here {
+                        return Ok(());
+                    }
+                    ensure!(begun.elapsed() < LIMIT, "balancing migrated no page");
+                }
+            });
             balancing::enable(false)?;
             let (_, passes) = ran.context("while balancing migrates")?;
             self.verify(&passes).context("while balancing migrates")?;
         }
-        let migrated = Source::Vmstat.read()?.migrated - migrated;
-        ensure!(migrated > 0, "balancing migrated no page");
+        let migrated = migrated()? - before;
         let (again, faults) = (vm.retries()?, vm.vcpu_stat("pf_taken")?);
         values.insert(Row::RetriesLoad, per_1000(again, faults));
         values.insert(Row::FaultsLoad, faults as f64);
