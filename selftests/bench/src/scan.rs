@@ -5,8 +5,6 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
@@ -111,7 +109,7 @@ fn pinned(size: usize, scans: u64) -> Result<f64> {
             std::hint::black_box(number);
         }
     };
-    while_busy(compute, || {
+    balancing::while_busy(compute, || {
         balancing::wait_for_scans(WARM, LIMIT)?;
         let spans = Spans::new(&[SCAN])?;
         let scans = balancing::wait_for_scans(scans, LIMIT)?;
@@ -121,20 +119,5 @@ fn pinned(size: usize, scans: u64) -> Result<f64> {
         let near = memory.nodes()?.contains(&(CPU_NODE as i32));
         ensure!(!near, "pinned memory has moved");
         Ok(took as f64 / scans as f64)
-    })
-}
-
-/// Balances memory while a thread of this process works.
-fn while_busy<T>(work: impl Fn() + Sync, body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Ordering::Relaxed) {
-                work();
-            }
-        });
-        let done = balancing::enable(true).and_then(|()| body());
-        stop.store(true, Ordering::Relaxed);
-        balancing::enable(false).and(done)
     })
 }

@@ -7,6 +7,8 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
@@ -225,6 +227,22 @@ pub fn enable(on: bool) -> Result<()> {
         (true, true) => "2",
     };
     fs::write(SYSCTL, mode).context(SYSCTL)
+}
+
+/// Balances memory while `body` runs and a thread of this process, without which there would be no scans, does `work` again
+/// and again.
+pub fn while_busy<T>(work: impl Fn() + Sync, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                work();
+            }
+        });
+        let done = enable(true).and_then(|()| body());
+        stop.store(true, Ordering::Relaxed);
+        enable(false).and(done)
+    })
 }
 
 /// How many scans of this process's whole address space have ended.

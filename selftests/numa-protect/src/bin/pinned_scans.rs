@@ -7,7 +7,6 @@
 
 use std::fs;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -134,17 +133,7 @@ impl Test {
             walks: Tracepoint::count_calls(WALK, WALK_ARGUMENTS, &inside)?,
             memory,
         };
-        let stop = AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    std::hint::spin_loop();
-                }
-            });
-            let judged = balancing::enable(true).and_then(|()| (self.judge)(&mut memory));
-            stop.store(true, Ordering::Relaxed);
-            balancing::enable(false).and(judged)
-        })
+        balancing::while_busy(std::hint::spin_loop, || (self.judge)(&mut memory))
     }
 }
 
