@@ -893,13 +893,13 @@ impl Vcpu {
                 // SAFETY: this is the member that goes with the reason, and numbers.
                 let internal = unsafe { run.__bindgen_anon_1.internal };
                 let data = &internal.data[..(internal.ndata as usize).min(internal.data.len())];
-                format!(", suberror {} with {data:x?}", internal.suberror)
+                format!("suberror {} with {data:x?}, ", internal.suberror)
             }
             _ => String::new(),
         };
         Ok(format!(
-            "the program being at {:#x}; {regs:x?}, {:x?}, {:x?}{internal}",
-            self.program_address, events.exception, events.interrupt
+            "{internal}rip {:#x}, the program being at {:#x}; {:x?}, {:x?}, {regs:x?}",
+            regs.rip, self.program_address, events.exception, events.interrupt
         ))
     }
 
