@@ -34,6 +34,9 @@ pub enum Row {
     ScanDropped,
     MigrationUnmaps,
     MigrationDropped,
+    /// NUMA scans of the VM's process until enough of its memory was near, and milliseconds.
+    Scans,
+    Milliseconds,
 }
 
 /// What was counted in one round.
@@ -81,6 +84,8 @@ const LINES: &[(&str, Row, Shown)] = &[
     ("KVM's faults", Row::VmFaults, Shown::PerPage),
     ("  retried, of 1,000", Row::VmRetries, Shown::PerFaults),
     ("KVM's flush requests", Row::VmFlushes, Shown::PerPage),
+    ("scans until then", Row::Scans, Shown::Count),
+    ("milliseconds until then", Row::Milliseconds, Shown::Count),
 ];
 
 /// What the table's figures mean.

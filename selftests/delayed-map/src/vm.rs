@@ -41,6 +41,7 @@ pub fn measure(how: &How, backing: Backing) -> Result<Values> {
     };
     let before = of_vm()?;
     let counters = Counters::start()?;
+    let scans = balancing::scan_seq()?;
     balancing::enable(true)?;
     let begun = Instant::now();
     let ran = vm.while_running(&[whole; VCPUS], || loop {
@@ -50,7 +51,7 @@ pub fn measure(how: &How, backing: Backing) -> Result<Values> {
             .filter(|node| **node == CPU_NODE as i32)
             .count();
         if near * 100 >= nodes.len() * how.moved as usize {
-            return Ok(());
+            return Ok((balancing::scan_seq()? - scans, begun.elapsed()));
         }
         ensure!(
             begun.elapsed() < how.limit(),
@@ -60,8 +61,10 @@ pub fn measure(how: &How, backing: Backing) -> Result<Values> {
         thread::sleep(POLL);
     });
     balancing::enable(false)?;
-    let ((), passes) = ran?;
+    let ((scans, took), passes) = ran?;
     let mut values = counters.read()?;
+    values.insert(Row::Scans, scans as f64);
+    values.insert(Row::Milliseconds, took.as_secs_f64() * 1000.0);
     let after = of_vm()?;
     let rows = [Row::VmFaults, Row::VmRetries, Row::VmFlushes];
     for (row, (now, then)) in rows.into_iter().zip(after.into_iter().zip(before)) {
