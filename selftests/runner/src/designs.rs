@@ -38,7 +38,7 @@ pub struct Options {
     #[arg(long, value_name = "NAME", default_value = "numa-protect")]
     pub reference: String,
     /// The design of which a scan is drawn, beside the first and the one that the others are held against; the recorder
-    /// has to be in its initramfs
+    /// has to be in their initramfs. Without it none is drawn
     #[arg(long, value_name = "NAME", default_value = "")]
     pub drawn: String,
     /// A cell to run (more than once)
@@ -498,6 +498,9 @@ fn plan<'a>(options: &'a Options, notes: &'a [Note]) -> Vec<Boot<'a>> {
             append: expected.append.clone(),
             programs: expected.tests.clone(),
         }));
+    }
+    if options.drawn.is_empty() {
+        return plan;
     }
     let drawn = [&options.designs[0].name, &options.drawn, &options.reference];
     let is_drawn = |design: &&Design| drawn.contains(&&design.name);
