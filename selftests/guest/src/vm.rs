@@ -14,12 +14,14 @@
 //! 01 f7             add edi, esi
 //! e2 fa             loop read
 //! f4                hlt
-//! 83 3f 00    spin: cmp dword [edi], 0     ; stay in the guest until the host sets the word behind the program
+//! 83 3f 00    spin: cmp dword [edi], 0     ; stay in the guest until the host sets the last word behind the program
 //! 74 fb             je spin
 //! f4                hlt
 //! ```
 //!
-//! and [`Sweep`] says what is in its registers. It lies in a page of its own behind guest memory, which no scan reaches.
+//! and [`Sweep`] says what is in its registers. It lies in a page of its own behind guest memory, which no scan reaches. The
+//! words that it and the host write lie in the page after that: a processor, and an emulated one more, has to look after each
+//! store into a page of code.
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -54,9 +56,11 @@ const NEXT: u64 = 0;
 const READ: u64 = 10;
 const SPIN: u64 = 17;
 /// Offset of the words in which vCPUs say how many pages of their pass are left, from vCPU 0 on.
-const LEFT: usize = PAGE / 2;
+const LEFT: usize = PAGE;
 /// Offset of the word that ends `spin`.
-const STOP: usize = PAGE - 4;
+const STOP: usize = PROGRAM_SIZE - 4;
+/// The program's page, and that of its words.
+const PROGRAM_SIZE: usize = 2 * PAGE;
 /// Where KVM may put three pages of its own on Intel processors, far above guest memory.
 pub(crate) const TSS_ADDRESS: usize = 0xfffb_d000;
 /// The memory slots of guest memory and of the program, and the first that is free.
@@ -274,7 +278,7 @@ impl Vm {
         let program_address = memory.size() as u64;
         for (slot, base, len, guest_phys_addr) in [
             (MEMORY_SLOT, memory.base(), memory.size(), 0),
-            (PROGRAM_SLOT, program.0, PAGE, program_address),
+            (PROGRAM_SLOT, program.0, PROGRAM_SIZE, program_address),
         ] {
             let region = kvm_userspace_memory_region {
                 slot,
@@ -734,21 +738,21 @@ impl Drop for Vm {
     }
 }
 
-/// The page that holds the guest's program.
+/// The pages that hold the guest's program and its words.
 struct Program(*mut u8);
 
-// SAFETY: the page belongs to no thread, and nobody writes to it after it was made but to atomic words.
+// SAFETY: the pages belong to no thread, and nobody writes to them after they were made but to atomic words.
 unsafe impl Send for Program {}
 // SAFETY: as above.
 unsafe impl Sync for Program {}
 
 impl Program {
     fn new() -> Result<Program> {
-        // SAFETY: a new mapping of one page, into which the program fits.
+        // SAFETY: a new mapping, into which the program fits.
         unsafe {
             let page = libc::mmap(
                 ptr::null_mut(),
-                PAGE,
+                PROGRAM_SIZE,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
                 -1,
@@ -774,15 +778,15 @@ impl Program {
 
     fn word(&self, offset: usize) -> &AtomicU32 {
         assert!(offset <= STOP);
-        // SAFETY: inside the page and aligned; neither host nor guest uses it but as an atomic word.
+        // SAFETY: inside the pages and aligned; neither host nor guest uses it but as an atomic word.
         unsafe { AtomicU32::from_ptr(self.0.add(offset).cast()) }
     }
 }
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: our own page, and no vCPU is left.
-        unsafe { libc::munmap(self.0.cast(), PAGE) };
+        // SAFETY: our own pages, and no vCPU is left.
+        unsafe { libc::munmap(self.0.cast(), PROGRAM_SIZE) };
     }
 }
 

@@ -220,7 +220,7 @@ impl Machine {
         contents.map_err(anyhow::Error::msg).context("guest memory")
     }
 
-    /// Base pages that KVM maps, the program's page among them.
+    /// Base pages that KVM maps, those of the program among them.
     fn mapped(&self) -> Result<u64> {
         Ok(self.vm.stat("pages_4k")? + (self.vm.stat("pages_2m")? << 9))
     }
