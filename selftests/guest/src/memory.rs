@@ -249,15 +249,17 @@ impl GuestMemory {
         self.pinned = Pinned::None;
     }
 
-    /// Takes base page `page` of private memory away; the next access gets another one, which is not pinned.
+    /// Takes base page `page` away; the next access gets another one, which is not pinned.
     pub fn discard(&self, page: usize) -> Result<()> {
         assert!(page < self.pages(), "no such page");
+        let (advice, name) = match self.backing {
+            Backing::Memfd => (libc::MADV_REMOVE, "MADV_REMOVE"),
+            _ => (libc::MADV_DONTNEED, "MADV_DONTNEED"),
+        };
         // SAFETY: a page of our own mapping, of which nobody holds a reference.
-        let rc =
-            unsafe { libc::madvise(self.base.add(page * PAGE).cast(), PAGE, libc::MADV_DONTNEED) };
-        match rc {
+        match unsafe { libc::madvise(self.base.add(page * PAGE).cast(), PAGE, advice) } {
             0 => Ok(()),
-            _ => Err(io::Error::last_os_error()).context("madvise(MADV_DONTNEED)"),
+            _ => Err(io::Error::last_os_error()).with_context(|| format!("madvise({name})")),
         }
     }
 

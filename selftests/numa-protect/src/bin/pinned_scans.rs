@@ -40,11 +40,12 @@ const SOON: u64 = 2;
 /// The longest that scans may take, and what is done behind the back of this process.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A test, of what kind of memory, pinned by whom.
+/// A test, of what kind of memory, pinned by whom, or beside such memory.
 struct Test {
     name: &'static str,
     backing: Backing,
     holder: Holder,
+    pinned: Pinned,
     judge: fn(&mut Memory) -> Result<()>,
 }
 
@@ -81,6 +82,22 @@ const TESTS: &[Test] = &[
         Holder::IoUringUser,
         mapped_anew,
     ),
+    test(
+        "memfd.mapped_anew",
+        Backing::Memfd,
+        Holder::IoUringUser,
+        mapped_anew,
+    ),
+    // Of another file: mappings of the same would be one VMA. As much is pinned as it has pages.
+    Test {
+        pinned: Pinned::None,
+        ..test(
+            "memfd.beside_pinned",
+            Backing::Memfd,
+            Holder::IoUringUser,
+            always,
+        )
+    },
     // Nobody would say when these are gone.
     test(
         "anon.not_accounted",
@@ -100,6 +117,7 @@ const fn test(
         name,
         backing,
         holder,
+        pinned: Pinned::All,
         judge,
     }
 }
@@ -125,8 +143,12 @@ impl Test {
         balancing::forbid_scans(CPU_NODE)?;
         balancing::set_affinity(&balancing::node_cpus(CPU_NODE)?)?;
         let _settings = Settings::fast()?;
-        let memory =
-            GuestMemory::pinned_by(self.holder, self.backing, Pinned::All, MEMORY, MEMORY_NODE)?;
+        let make =
+            |pinned| GuestMemory::pinned_by(self.holder, self.backing, pinned, MEMORY, MEMORY_NODE);
+        let _beside = (self.pinned == Pinned::None)
+            .then(|| make(Pinned::All))
+            .transpose()?;
+        let memory = make(self.pinned)?;
         let addresses = memory.addresses();
         let inside = format!("start < {} && end > {}", addresses.end, addresses.start);
         let mut memory = Memory {
@@ -222,6 +244,11 @@ fn not_accounted(memory: &mut Memory) -> Result<()> {
     if accounted()? > 0 {
         return unpinned(memory);
     }
+    always(memory)
+}
+
+/// Each scan walks over it.
+fn always(memory: &mut Memory) -> Result<()> {
     memory.settle()?;
     let walks = memory.walks_in(SCANS)?;
     ensure!(walks + SOON >= SCANS, "{walks} walks in {SCANS} scans");
