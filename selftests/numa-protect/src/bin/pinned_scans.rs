@@ -168,12 +168,8 @@ struct Memory {
 impl Memory {
     /// Waits for a walk, so that one has just been.
     fn wait_for_walk(&self) -> Result<()> {
-        let (before, begun) = (self.walks.fired()?, Instant::now());
-        while self.walks.fired()? == before {
-            ensure!(begun.elapsed() < LIMIT, "no walk in {LIMIT:?}");
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        let before = self.walks.fired()?;
+        wait_until("a walk", || Ok(self.walks.fired()? != before))
     }
 
     /// Walks in so many scans.
@@ -190,6 +186,16 @@ impl Memory {
     }
 }
 
+/// Waits for `what`, which has come once `is_there` says so.
+fn wait_until(what: &str, is_there: impl Fn() -> Result<bool>) -> Result<()> {
+    let begun = Instant::now();
+    while !is_there()? {
+        ensure!(begun.elapsed() < LIMIT, "waited {LIMIT:?} for {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
 /// There are few walks, but there are some.
 fn left_out(memory: &mut Memory) -> Result<()> {
     memory.settle()?;
@@ -204,14 +210,7 @@ fn unpinned(memory: &mut Memory) -> Result<()> {
     memory.settle()?;
     let before = Source::Vmstat.read()?.pte_updates;
     memory.memory.unpin();
-    let begun = Instant::now();
-    while accounted()? > 0 {
-        ensure!(
-            begun.elapsed() < LIMIT,
-            "it is still pinned after {LIMIT:?}"
-        );
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("the end of its pins", || Ok(accounted()? == 0))?;
     balancing::wait_for_scans(SOON, LIMIT)?;
     let hinted = Source::Vmstat.read()?.pte_updates - before;
     let pages = memory.memory.pages() as u64;
