@@ -88,16 +88,8 @@ const TESTS: &[Test] = &[
         Holder::IoUringUser,
         mapped_anew,
     ),
-    // Of another file: mappings of the same would be one VMA. As much is pinned as it has pages.
-    Test {
-        pinned: Pinned::None,
-        ..test(
-            "memfd.beside_pinned",
-            Backing::Memfd,
-            Holder::IoUringUser,
-            always,
-        )
-    },
+    beside_pinned("memfd.beside_pinned", Backing::Memfd),
+    beside_pinned("thp.beside_pinned", Backing::Thp),
     // Nobody would say when these are gone.
     test(
         "anon.not_accounted",
@@ -122,6 +114,14 @@ const fn test(
     }
 }
 
+/// Of memory that is hinted, while as much as it has pages is pinned beside it.
+const fn beside_pinned(name: &'static str, backing: Backing) -> Test {
+    Test {
+        pinned: Pinned::None,
+        ..test(name, backing, Holder::IoUringUser, always)
+    }
+}
+
 fn main() -> ExitCode {
     let mut ktap = Ktap::start(TESTS.len());
     for test in TESTS {
@@ -143,12 +143,14 @@ impl Test {
         balancing::forbid_scans(CPU_NODE)?;
         balancing::set_affinity(&balancing::node_cpus(CPU_NODE)?)?;
         let _settings = Settings::fast()?;
-        let make =
-            |pinned| GuestMemory::pinned_by(self.holder, self.backing, pinned, MEMORY, MEMORY_NODE);
+        let make = |backing, pinned| {
+            GuestMemory::pinned_by(self.holder, backing, pinned, MEMORY, MEMORY_NODE)
+        };
+        // Of another kind: two of the same may be one VMA.
         let _beside = (self.pinned == Pinned::None)
-            .then(|| make(Pinned::All))
+            .then(|| make(Backing::Anon, Pinned::All))
             .transpose()?;
-        let memory = make(self.pinned)?;
+        let memory = make(self.backing, self.pinned)?;
         let addresses = memory.addresses();
         let inside = format!("start < {} && end > {}", addresses.end, addresses.start);
         let mut memory = Memory {
