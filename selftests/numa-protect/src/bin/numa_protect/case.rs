@@ -500,7 +500,11 @@ pub fn measure(plan: &Plan, progress: impl Fn(String)) -> Result<Measured> {
         faults: sum(|step| step.faults),
         flush_requests: sum(|step| step.flush_requests_scan + step.flush_requests_pass),
         flushes: sum(|step| step.flushes_scan + step.flushes_pass),
-        profile: bench.profiler.take().map(Profiler::finish).transpose()?,
+        profile: bench
+            .profiler
+            .take()
+            .map(|profiler| profiler.finish(case.pinned == Pinned::All))
+            .transpose()?,
         recorded,
         free_run,
         pages_on_node,

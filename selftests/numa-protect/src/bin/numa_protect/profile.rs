@@ -146,8 +146,8 @@ impl Profiler {
         Ok(())
     }
 
-    /// All that was read.
-    pub fn finish(self) -> Result<Profile> {
+    /// All that was read. Scans may have walked over no memory that is `all_pinned`, where its pins are accounted for.
+    pub fn finish(self, all_pinned: bool) -> Result<Profile> {
         let Profile {
             walks,
             scan_walks,
@@ -157,7 +157,8 @@ impl Profiler {
         let all = [walks, scan_walks, lock_walks]
             .iter()
             .all(|count| *count > 0);
-        all.then_some(self.profile)
+        (all || all_pinned)
+            .then_some(self.profile)
             .context("a step in which no scan walked guest memory")
     }
 }
