@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 
-export BASE ARCH LLVM V KSRC KDIR TESTS ACCEL RUNNER JOBS LIMIT TIMEOUT N CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256 INSTALL_PATH URL
+export BASE ARCH LLVM V KSRC KDIR TESTS ACCEL RUNNER JOBS LIMIT TIMEOUT N ARGS CELL TOOLCHAIN DEBIAN_MIRROR LINUX_TARBALL_SHA256 INSTALL_PATH URL
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
@@ -55,7 +55,7 @@ test-page-tables: kernels selftests ## The series numa-page-tables: where KVM's 
 compare-page-tables: kernels selftests ## What the series numa-page-tables gives and costs: placement, retries and cost of faults, N= rounds
 	@scripts/compare-page-tables
 
-compare-delayed-map: kernels selftests ## What it costs other CPUs, and a VM, if a hint fault maps a page before it migrates it, N= rounds
+compare-delayed-map: ## What it costs other CPUs, and a VM, if a hint fault maps a page before it migrates it, N= rounds (ARGS=: sizes and rates)
 	@scripts/compare-delayed-map
 
 test-kselftest: modules selftests ## The kernel's own tests of KVM and mm, on both kernels, with the same outcome (TESTS="kvm:NAME ...": only these)

@@ -12,11 +12,19 @@ use crate::show::{Row, Values};
 
 const VMSTAT: &str = "/proc/vmstat";
 const INTERRUPTS: &str = "/proc/interrupts";
+const MIGRATED: &str = "numa_pages_migrated";
 
-/// A page is isolated for its migration, or cannot be, and is migrated; somebody meets one that is just being migrated.
+/// Isolates a folio for its migration, if it can.
 const PREPARE: &str = "migrate_misplaced_folio_prepare";
+/// Migrates one that could be isolated.
 const MIGRATE: &str = "migrate_misplaced_folio";
+/// Waits for the migration of a page that was met during it.
 const WAITS: [&str; 2] = ["migration_entry_wait", "pmd_migration_entry_wait"];
+
+/// How many pages have been migrated for NUMA balancing since the machine was booted.
+pub fn migrated() -> Result<u64> {
+    of(&vmstat()?, MIGRATED)
+}
 
 /// All of the machine, from now on.
 pub struct Counters {
@@ -40,31 +48,27 @@ impl Counters {
         })
     }
 
-    /// How many pages have been migrated since.
-    pub fn migrated(&self) -> Result<u64> {
-        since(&self.vmstat, &vmstat()?, "numa_pages_migrated")
-    }
-
     /// What came of it.
     pub fn read(&self) -> Result<Values> {
         let (now, interrupts) = (vmstat()?, interrupts()? - self.interrupts);
-        let of = |name| since(&self.vmstat, &now, name);
-        let refused = self
-            .prepared
-            .fired()?
-            .saturating_sub(self.migrated.fired()?);
+        let since = |name| Ok::<_, anyhow::Error>(of(&now, name)? - of(&self.vmstat, name)?);
+        // In this order: what is migrated was prepared before.
+        let migrated = self.migrated.fired()?;
+        let refused = self.prepared.fired()?.checked_sub(migrated);
+        let refused = refused.context("more migrations than preparations: was one not counted?")?;
         let waits = self.waits.iter().map(Tracepoint::fired);
-        let hint_faults = of("numa_hint_faults")?;
+        let hint_faults = since("numa_hint_faults")?;
+        let far_faults = hint_faults.checked_sub(since("numa_hint_faults_local")?);
         let counts = [
-            (Row::Migrated, of("numa_pages_migrated")?),
-            (Row::Hinted, of("numa_pte_updates")?),
-            (Row::Ipis, of("nr_tlb_remote_flush_received")?),
+            (Row::Migrated, since(MIGRATED)?),
+            (Row::Hinted, since("numa_pte_updates")?),
+            (Row::Ipis, since("nr_tlb_remote_flush_received")?),
             (Row::Interrupts, interrupts),
-            (Row::Flushes, of("nr_tlb_remote_flush")?),
+            (Row::Flushes, since("nr_tlb_remote_flush")?),
             (Row::HintFaults, hint_faults),
             (
                 Row::FarFaults,
-                hint_faults.saturating_sub(of("numa_hint_faults_local")?),
+                far_faults.context("more hint faults on near memory than at all")?,
             ),
             (Row::Refused, refused),
             (Row::Waits, waits.sum::<Result<u64>>()?),
@@ -73,14 +77,10 @@ impl Counters {
     }
 }
 
-fn since(before: &HashMap<String, u64>, now: &HashMap<String, u64>, name: &str) -> Result<u64> {
-    let of = |counts: &HashMap<String, u64>| {
-        let count = counts.get(name).copied();
-        count.with_context(|| {
-            format!("{VMSTAT}: no {name}: is CONFIG_DEBUG_TLBFLUSH set, and CONFIG_NUMA_BALANCING?")
-        })
-    };
-    Ok(of(now)? - of(before)?)
+fn of(counts: &HashMap<String, u64>, name: &str) -> Result<u64> {
+    counts.get(name).copied().with_context(|| {
+        format!("{VMSTAT}: no {name}: is CONFIG_DEBUG_TLBFLUSH set, and CONFIG_NUMA_BALANCING?")
+    })
 }
 
 fn vmstat() -> Result<HashMap<String, u64>> {

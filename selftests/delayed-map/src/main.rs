@@ -16,12 +16,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use guest::balancing::Settings;
 use guest::ktap::{diagnostic, Ktap, Outcome};
 use guest::memory::Backing;
 use guest::needs::{self, Need};
+
+use serde::{Deserialize, Serialize};
 
 use processes::{Access, Pages, Process};
 use show::{Boot, Values};
@@ -59,14 +61,15 @@ struct Args {
 }
 
 /// How much is migrated, and for whom.
-#[derive(Parser, Clone)]
+#[derive(Parser, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct How {
-    /// Processes, and threads of each.
+    /// Processes.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
     processes: u32,
+    /// Threads of each.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=14))]
     threads: u32,
-    /// Memory of each process, or of the VM, in MiB.
+    /// Memory of each process, or of the VM, in MiB; whole huge pages.
     #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(2..=65536))]
     memory: u32,
     /// What is free on the near node at first, in MiB.
@@ -89,8 +92,7 @@ pub struct How {
 impl How {
     /// Memory in bytes.
     fn bytes(&self) -> usize {
-        // Whole huge pages.
-        (self.memory as usize & !1) << 20
+        (self.memory as usize) << 20
     }
 
     fn limit(&self) -> Duration {
@@ -186,6 +188,7 @@ fn show(files: &[PathBuf]) -> Result<()> {
             .with_context(|| format!("{}: not what delayed-map writes", path.display()))
     };
     let boots: Vec<Boot> = files.iter().map(read).collect::<Result<_>>()?;
+    show::comparable(&boots)?;
     println!("{}\n\n{}", show::table(&boots), show::LEGEND);
     Ok(())
 }
@@ -193,9 +196,15 @@ fn show(files: &[PathBuf]) -> Result<()> {
 fn run(args: &Args) -> Result<ExitCode> {
     let is_asked = |case: &Case| args.part.is_empty() || args.part.contains(&case.part());
     let cases: Vec<Case> = Case::ALL.into_iter().filter(is_asked).collect();
+    let memory = args.how.memory;
+    ensure!(
+        memory % 2 == 0,
+        "--memory={memory}: huge pages are of 2 MiB"
+    );
     let mut ktap = Ktap::start(cases.len());
     let mut boot = Boot {
         kernel: args.kernel.clone(),
+        how: args.how.clone(),
         cases: BTreeMap::new(),
     };
     for case in cases {

@@ -3,7 +3,7 @@
 //! costs to bring it near. Starts and ends processes, fills the near node, and changes for a while which huge pages there are.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -18,14 +18,14 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, Normal};
 
-use crate::counters::Counters;
+use crate::counters::{self, Counters};
 use crate::show::Values;
 use crate::How;
 
 /// Which huge pages the kernel makes, for each size that it has.
 const SIZES: &str = "/sys/kernel/mm/transparent_hugepage";
-const HUGE: &str = "hugepages-2048kB";
-const FOLIO: &str = "hugepages-64kB";
+const HUGE: &str = "2048";
+const FOLIO: &str = "64";
 /// How often a thread counts before it looks whether it is to stop.
 const BATCH: usize = 256;
 /// Between two looks at how far it has come.
@@ -197,8 +197,16 @@ impl Started {
         input.write_all(b"\n").context("tell a process to start")
     }
 
-    fn scans(&self) -> Result<u64> {
+    fn scans(&mut self) -> Result<u64> {
+        self.is_there()?;
         balancing::scan_seq_of(self.process.id())
+    }
+
+    fn is_there(&mut self) -> Result<()> {
+        match self.process.try_wait().context("ask for a process")? {
+            Some(status) => bail!("a process has ended too early: {status}"),
+            None => Ok(()),
+        }
     }
 
     /// Ends it. It says what it found on standard error.
@@ -221,26 +229,59 @@ impl Drop for Started {
     }
 }
 
-/// Huge pages of one size only, until dropped.
+/// Folios of one size only for memory that asks for large ones, until dropped.
 struct OnlySize {
-    saved: Vec<(String, String)>,
+    /// In KiB.
+    size: &'static str,
+    saved: Vec<(PathBuf, String)>,
+    /// Faults that have made one, before.
+    made: u64,
 }
 
 impl OnlySize {
-    fn new(size: &str) -> Result<OnlySize> {
-        let mut only = OnlySize { saved: Vec::new() };
-        for one in [HUGE, FOLIO] {
-            let path = format!("{SIZES}/{one}/enabled");
-            if !Path::new(&path).exists() {
-                bail!("no {path}: needs Linux 6.8 or later, and CONFIG_TRANSPARENT_HUGEPAGE");
+    fn new(size: &'static str) -> Result<OnlySize> {
+        let made = OnlySize::faults(size)?;
+        let saved = Vec::new();
+        let mut only = OnlySize { size, saved, made };
+        let folder = format!("hugepages-{size}kB");
+        for entry in fs::read_dir(SIZES).context(SIZES)? {
+            let entry = entry.context(SIZES)?;
+            if !entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with("hugepages-")
+            {
+                continue;
             }
-            let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-            let old = text.split(['[', ']']).nth(1).unwrap_or("inherit").into();
-            let new = if one == size { "madvise" } else { "never" };
-            fs::write(&path, new).with_context(|| format!("{path}: needs root"))?;
+            let path = entry.path().join("enabled");
+            let name = || path.display().to_string();
+            let text = fs::read_to_string(&path).with_context(name)?;
+            let old = text.split(['[', ']']).nth(1).with_context(name)?.into();
+            let asked = entry.file_name() == *folder;
+            let new = if asked { "madvise" } else { "never" };
+            fs::write(&path, new).with_context(|| format!("{}: needs root", name()))?;
             only.saved.push((path, old));
         }
         Ok(only)
+    }
+
+    /// Fails if less than nine tenths of `bytes` were made of them.
+    fn check(&self, bytes: u64) -> Result<()> {
+        let kib = (OnlySize::faults(self.size)? - self.made) * self.size.parse::<u64>()?;
+        ensure!(
+            kib * 1024 >= bytes / 10 * 9,
+            "{kib} KiB in folios of {} KiB, of {}: is memory fragmented?",
+            self.size,
+            bytes / 1024
+        );
+        Ok(())
+    }
+
+    fn faults(size: &str) -> Result<u64> {
+        let path = format!("{SIZES}/hugepages-{size}kB/stats/anon_fault_alloc");
+        let why = "needs Linux 6.10 or later, and CONFIG_TRANSPARENT_HUGEPAGE";
+        let text = fs::read_to_string(&path).with_context(|| format!("{path}: {why}"))?;
+        text.trim().parse().with_context(|| path.clone())
     }
 }
 
@@ -248,15 +289,15 @@ impl Drop for OnlySize {
     fn drop(&mut self) {
         for (path, old) in &self.saved {
             if let Err(error) = fs::write(path, old) {
-                eprintln!("{path}: not put back: {error}");
+                eprintln!("{}: not put back: {error}", path.display());
             }
         }
     }
 }
 
-/// One round: from the time that the processes start to work to that when enough of their memory is near.
+/// One round: from the time that the near node has room to that when enough of the memory is near.
 pub fn measure(how: &How, pages: Pages, access: Access, round: u32) -> Result<Values> {
-    let _size = match pages {
+    let size = match pages {
         Pages::Base => None,
         Pages::Folios => Some(OnlySize::new(FOLIO)?),
         Pages::Huge => Some(OnlySize::new(HUGE)?),
@@ -274,6 +315,10 @@ pub fn measure(how: &How, pages: Pages, access: Access, round: u32) -> Result<Va
     let mut processes: Vec<Started> = (0..how.processes).map(start).collect::<Result<_>>()?;
     let whole = (how.bytes() / PAGE) as u64 * u64::from(how.processes);
 
+    if let Some(size) = &size {
+        size.check(whole * PAGE as u64)?;
+    }
+
     // What others do on the near node is not in the way from here on, nor this program in that of the processes.
     balancing::set_affinity(&balancing::node_cpus(CPU_NODE)?)?;
     let free = balancing::meminfo_kib(CPU_NODE, "MemFree:")? * 1024 / PAGE as u64;
@@ -286,36 +331,62 @@ pub fn measure(how: &How, pages: Pages, access: Access, round: u32) -> Result<Va
     let filled = pages::Pages::new((free - keep) as usize).context("fill the near node")?;
     balancing::set_affinity(&balancing::node_cpus(MEMORY_NODE)?)?;
 
-    let counters = Counters::start()?;
+    let began = counters::migrated()?;
     balancing::enable(true)?;
     let migrated = (|| {
         for process in &mut processes {
             process.go()?;
         }
-        let begun = Instant::now();
-        let wait = |what: &str, done: &dyn Fn() -> Result<bool>| -> Result<()> {
-            while !done()? {
-                ensure!(
-                    begun.elapsed() < how.limit(),
-                    "no {what} in {:?}",
-                    how.limit()
-                );
-                thread::sleep(POLL);
-            }
-            Ok(())
+        let wait = Wait {
+            begun: Instant::now(),
+            limit: how.limit(),
         };
-        wait("scans", &|| {
-            let scans = processes.iter().map(Started::scans);
+        wait.until("scans", || {
+            let scans = processes.iter_mut().map(Started::scans);
             Ok(scans.collect::<Result<Vec<u64>>>()?.into_iter().min() >= Some(how.scans))
         })?;
+        let early = counters::migrated()? - began;
+        ensure!(
+            early <= keep,
+            "{early} pages migrated to node {CPU_NODE}, which had {keep} free: it was not full"
+        );
+        // What could not be migrated before is not of interest.
+        let counters = Counters::start()?;
         drop(filled);
-        wait(&format!("{} % of the memory near", how.moved), &|| {
-            Ok(counters.migrated()? * 100 >= whole * u64::from(how.moved))
-        })
+        wait.until(&format!("{} % of the memory near", how.moved), || {
+            processes.iter_mut().try_for_each(Started::is_there)?;
+            Ok((counters::migrated()? - began) * 100 >= whole * u64::from(how.moved))
+        })?;
+        Ok::<_, anyhow::Error>(counters)
     })();
-    balancing::enable(false)?;
-    migrated?;
-    let values = counters.read()?;
+    let off = balancing::enable(false);
+    let values = migrated?.read()?;
+    off?;
+    let free = balancing::meminfo_kib(CPU_NODE, "MemFree:")? * 1024 / PAGE as u64;
+    ensure!(
+        free > keep,
+        "node {CPU_NODE} is full again, with {free} pages: --memory"
+    );
     processes.into_iter().try_for_each(Started::end)?;
     Ok(values)
+}
+
+/// Waits that begin at one time.
+struct Wait {
+    begun: Instant,
+    limit: Duration,
+}
+
+impl Wait {
+    fn until(&self, what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+        while !done()? {
+            ensure!(
+                self.begun.elapsed() < self.limit,
+                "no {what} in {:?}",
+                self.limit
+            );
+            thread::sleep(POLL);
+        }
+        Ok(())
+    }
 }

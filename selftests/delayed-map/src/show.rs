@@ -3,9 +3,12 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{bail, ensure, Result};
 use comfy_table::{presets, Cell, CellAlignment, Table};
 use guest::spread::{mean, spread};
 use serde::{Deserialize, Serialize};
+
+use crate::How;
 
 /// What is counted in a round. Pages are of 4 KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -22,7 +25,7 @@ pub enum Row {
     /// Faults on hints (`numa_hint_faults`), and those of them on memory of the other node.
     HintFaults,
     FarFaults,
-    /// Faults whose page was not migrated as it could not be isolated, and those that met it while it was migrated.
+    /// Faults whose page could not be isolated, as another fault had done so, and those that met it while it was migrated.
     Refused,
     Waits,
     /// KVM's faults (`pf_taken`), those that led to nothing, and its remote TLB flush requests.
@@ -46,6 +49,7 @@ pub type Values = BTreeMap<Row, f64>;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Boot {
     pub kernel: String,
+    pub how: How,
     pub cases: BTreeMap<String, Vec<Values>>,
 }
 
@@ -53,6 +57,8 @@ pub struct Boot {
 #[derive(Clone, Copy)]
 enum Shown {
     Count,
+    /// The same of what differs by little.
+    FewCounts,
     /// For each page that was migrated.
     PerPage,
     /// For a thousand of KVM's faults.
@@ -68,7 +74,7 @@ const LINES: &[(&str, Row, Shown)] = &[
     ("hint faults", Row::HintFaults, Shown::PerPage),
     ("  of far memory", Row::FarFaults, Shown::PerPage),
     (
-        "  whose page was already isolated",
+        "  of a page just being migrated",
         Row::Refused,
         Shown::PerPage,
     ),
@@ -84,7 +90,7 @@ const LINES: &[(&str, Row, Shown)] = &[
     ("KVM's faults", Row::VmFaults, Shown::PerPage),
     ("  retried, of 1,000", Row::VmRetries, Shown::PerFaults),
     ("KVM's flush requests", Row::VmFlushes, Shown::PerPage),
-    ("scans until then", Row::Scans, Shown::Count),
+    ("scans until then", Row::Scans, Shown::FewCounts),
     ("milliseconds until then", Row::Milliseconds, Shown::Count),
 ];
 
@@ -93,6 +99,37 @@ pub const LEGEND: &str = "\
 Mean and standard deviation over the rounds, for each page of 4 KiB that was migrated unless it says otherwise; x is the mean of the \
 first kernel as a multiple of that of the second.
 ";
+
+/// Fails where kernels were not measured alike: the same, as often, in all that more than one of them has.
+pub fn comparable(boots: &[Boot]) -> Result<()> {
+    for boot in boots {
+        let kernel = &boot.kernel;
+        ensure!(
+            boot.how == boots[0].how,
+            "{kernel} was measured otherwise than {}: {:?}, {:?}",
+            boots[0].kernel,
+            boot.how,
+            boots[0].how
+        );
+        for (case, rounds) in &boot.cases {
+            ensure!(!rounds.is_empty(), "{kernel}: {case} was not measured");
+            let of = |other: &&Boot| {
+                other
+                    .cases
+                    .get(case)
+                    .is_some_and(|some| some.len() != rounds.len())
+            };
+            if let Some(other) = boots.iter().find(of) {
+                bail!(
+                    "{case} was measured {} times on {kernel}, and not as often on {}",
+                    rounds.len(),
+                    other.kernel
+                );
+            }
+        }
+    }
+    Ok(())
+}
 
 /// One table of all kernels.
 pub fn table(boots: &[Boot]) -> Table {
@@ -112,6 +149,7 @@ pub fn table(boots: &[Boot]) -> Table {
             }
             let digits = match shown {
                 Shown::Count => 0,
+                Shown::FewCounts => 2,
                 Shown::PerPage => 4,
                 Shown::PerFaults => 1,
             };
@@ -132,7 +170,7 @@ fn values(rounds: &[Values], row: Row, shown: Shown) -> Option<Vec<f64>> {
     let value = |values: &Values| {
         let value = *values.get(&row)?;
         Some(match shown {
-            Shown::Count => value,
+            Shown::Count | Shown::FewCounts => value,
             Shown::PerPage => value / values.get(&Row::Migrated)?,
             Shown::PerFaults => value * 1000.0 / values.get(&Row::VmFaults)?,
         })
@@ -153,7 +191,10 @@ fn multiple(all: &[Option<Vec<f64>>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::Args;
 
     fn boot(kernel: &str, rounds: &[(f64, f64)]) -> Boot {
         let round = |(migrated, ipis): &(f64, f64)| {
@@ -161,6 +202,7 @@ mod tests {
         };
         Boot {
             kernel: kernel.into(),
+            how: Args::parse_from(["delayed-map"]).how,
             cases: BTreeMap::from([("one".into(), rounds.iter().map(round).collect())]),
         }
     }
@@ -178,6 +220,20 @@ mod tests {
             .unwrap();
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
         assert_eq!(cells[3..6], ["3.0000 ± 1.4142", "0.5000", "6.00"]);
+    }
+
+    #[test]
+    fn other_sizes_and_rounds_are_refused() {
+        let boots = |rounds: &[(f64, f64)]| [boot("old", &[(1.0, 1.0)]), boot("new", rounds)];
+        let mut all = boots(&[(1.0, 2.0)]);
+        assert!(comparable(&all).is_ok());
+        all[1].how.memory += 2;
+        let sizes = comparable(&all).unwrap_err();
+        assert!(sizes.to_string().contains("otherwise than old"));
+        let rounds = comparable(&boots(&[(1.0, 1.0), (1.0, 1.0)])).unwrap_err();
+        assert!(rounds.to_string().contains("not as often on new"));
+        let nothing = comparable(&boots(&[])).unwrap_err();
+        assert!(nothing.to_string().contains("as often on new"));
     }
 
     #[test]

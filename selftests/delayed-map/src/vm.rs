@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, ensure, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 use guest::balancing::{self, CPU_NODE, MEMORY_NODE};
 use guest::memory::{Backing, GuestMemory, Pinned};
 use guest::unmaps::{Unmaps, MIGRATION, SCAN};
@@ -16,7 +16,7 @@ use crate::counters::Counters;
 use crate::show::{Row, Values};
 use crate::How;
 
-/// In whose memory each vCPU counts, and how many there are.
+/// How many vCPUs there are, each of which counts in all memory.
 const VCPUS: usize = 2;
 /// Between two looks at how far it has come.
 const POLL: Duration = Duration::from_millis(100);
@@ -60,15 +60,17 @@ pub fn measure(how: &How, backing: Backing) -> Result<Values> {
         );
         thread::sleep(POLL);
     });
-    balancing::enable(false)?;
+    let off = balancing::enable(false);
     let ((scans, took), passes) = ran?;
+    off?;
     let mut values = counters.read()?;
     values.insert(Row::Scans, scans as f64);
     values.insert(Row::Milliseconds, took.as_secs_f64() * 1000.0);
     let after = of_vm()?;
     let rows = [Row::VmFaults, Row::VmRetries, Row::VmFlushes];
     for (row, (now, then)) in rows.into_iter().zip(after.into_iter().zip(before)) {
-        values.insert(row, now.saturating_sub(then) as f64);
+        let since = now.checked_sub(then);
+        values.insert(row, since.context("KVM's statistics went back")? as f64);
     }
     for (function, calls, dropped) in [
         (SCAN, Row::ScanUnmaps, Row::ScanDropped),
