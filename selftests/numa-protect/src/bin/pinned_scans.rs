@@ -2,13 +2,13 @@
 //! How often NUMA scans walk over memory that is all pinned, and that they walk over it at once when that is over. Pins its own
 //! memory, and changes the machine's scan settings while it runs.
 //!
-//! Prints KTAP. Scans are ten a second; a thread uses CPU time, so that they happen. A scan of the process ends each time
+//! Prints KTAP. Scans are ten a second; a thread uses CPU time, or the test itself, so that they happen. A scan of the process ends each time
 //! (`mm->numa_scan_seq`), whether or not it walked over the memory; walks are calls of [`WALK`].
 
-use std::fs;
+use std::ops::Range;
 use std::process::ExitCode;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use anyhow::{ensure, Context, Result};
 use guest::balancing::{self, Settings, CPU_NODE, MEMORY_NODE};
@@ -37,6 +37,9 @@ const SCANS: u64 = 64;
 const FEW: u64 = SCANS / 10;
 /// How soon a change is noticed: by the first scan that begins after it, which is the second to end at the latest.
 const SOON: u64 = 2;
+/// How often a process forks, and after how many scans each time: fewer than after which a walk is due.
+const FORKS: u32 = 32;
+const FORK_AFTER: u64 = 3;
 /// The longest that scans may take, and what is done behind the back of this process.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -46,6 +49,8 @@ struct Test {
     backing: Backing,
     holder: Holder,
     pinned: Pinned,
+    /// Whether the test is the process's only thread.
+    alone: bool,
     judge: fn(&mut Memory) -> Result<()>,
 }
 
@@ -97,6 +102,11 @@ const TESTS: &[Test] = &[
         Holder::IoUring,
         not_accounted,
     ),
+    test("anon.mlocked", Backing::Anon, Holder::IoUring, mlocked),
+    Test {
+        alone: true,
+        ..test("anon.forked", Backing::Anon, Holder::IoUringUser, forked)
+    },
 ];
 
 const fn test(
@@ -110,6 +120,7 @@ const fn test(
         backing,
         holder,
         pinned: Pinned::All,
+        alone: false,
         judge,
     }
 }
@@ -157,7 +168,13 @@ impl Test {
             walks: Tracepoint::count_calls(WALK, WALK_ARGUMENTS, &inside)?,
             memory,
         };
-        balancing::while_busy(std::hint::spin_loop, || (self.judge)(&mut memory))
+        let mut judge = || (self.judge)(&mut memory);
+        if self.alone {
+            let judged = balancing::enable(true).and_then(|()| judge());
+            balancing::enable(false).and(judged)
+        } else {
+            balancing::while_busy(std::hint::spin_loop, judge)
+        }
     }
 }
 
@@ -188,12 +205,12 @@ impl Memory {
     }
 }
 
-/// Waits for `what`, which has come once `is_there` says so.
+/// Waits for `what`, which has come once `is_there` says so, and uses CPU time.
 fn wait_until(what: &str, is_there: impl Fn() -> Result<bool>) -> Result<()> {
     let begun = Instant::now();
     while !is_there()? {
         ensure!(begun.elapsed() < LIMIT, "waited {LIMIT:?} for {what}");
-        thread::sleep(Duration::from_millis(5));
+        (0..10_000).for_each(|_| std::hint::spin_loop());
     }
     Ok(())
 }
@@ -223,7 +240,7 @@ fn unpinned(memory: &mut Memory) -> Result<()> {
     Ok(())
 }
 
-/// A page that takes a pinned one's place is hinted by the next scan, and moved when it is touched.
+/// A page that takes a pinned one's place is hinted by the next scan.
 fn mapped_anew(memory: &mut Memory) -> Result<()> {
     let page = memory.memory.pages() / 2;
     memory.memory.discard(page)?;
@@ -246,6 +263,45 @@ fn not_accounted(memory: &mut Memory) -> Result<()> {
         return unpinned(memory);
     }
     always(memory)
+}
+
+/// The same of mlocked memory, which is accounted for as if it were pinned.
+fn mlocked(memory: &mut Memory) -> Result<()> {
+    let Range { start, end } = memory.memory.addresses();
+    // SAFETY: it is this process's memory, and keeps its contents.
+    let rc = unsafe { libc::mlock(start as *const libc::c_void, (end - start) as usize) };
+    ensure!(rc == 0, "mlock: {}", io::Error::last_os_error());
+    not_accounted(memory)
+}
+
+/// A walk comes, however often the process forks: where it has one thread, that sets the number of its scans back.
+fn forked(memory: &mut Memory) -> Result<()> {
+    memory.settle()?;
+    let before = memory.walks.fired()?;
+    for _ in 0..FORKS {
+        // SAFETY: the child does nothing but end.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: ends the child, and nothing of this process is flushed or dropped there.
+            unsafe { libc::_exit(0) };
+        }
+        ensure!(child > 0, "fork: {}", io::Error::last_os_error());
+        // SAFETY: its status is not asked for.
+        let ended = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+        ensure!(ended == child, "waitpid: {}", io::Error::last_os_error());
+        wait_until("scans after fork()", || {
+            Ok(balancing::scan_seq()? >= FORK_AFTER)
+        })?;
+    }
+    let walks = memory.walks.fired()? - before;
+    diagnostic(&format!(
+        "{walks} walks in {FORKS} times {FORK_AFTER} scans"
+    ));
+    ensure!(
+        walks > 1,
+        "{walks} walks in {FORKS} times {FORK_AFTER} scans"
+    );
+    Ok(())
 }
 
 /// Each scan walks over it.
