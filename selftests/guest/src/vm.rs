@@ -21,7 +21,8 @@
 //!
 //! and [`Sweep`] says what is in its registers. It lies in a page of its own behind guest memory, which no scan reaches. The
 //! words that it and the host write lie in the page after that: a processor, and an emulated one more, has to look after each
-//! store into a page of code.
+//! store into a page of code. Nothing in it raises an exception; for one that comes all the same there are handlers, which halt,
+//! so that it can be told which it was.
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -34,8 +35,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use kvm_bindings::{
-    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_create_guest_memfd, kvm_enable_cap,
-    kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_create_guest_memfd, kvm_dtable,
+    kvm_enable_cap, kvm_msr_entry, kvm_regs, kvm_segment, kvm_userspace_memory_region,
     kvm_userspace_memory_region2, Msrs, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_EXIT_INTERNAL_ERROR,
     KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES,
@@ -46,6 +47,7 @@ use crate::memory::GuestMemory;
 use crate::stats::Stats;
 use crate::{balancing, PAGE};
 
+const HLT: u8 = 0xf4;
 const PROGRAM: [u8; 23] = [
     0xf0, 0xff, 0x07, 0x01, 0xf7, 0x89, 0x0b, 0xe2, 0xf7, 0xf4, //
     0x8b, 0x07, 0x01, 0xf7, 0xe2, 0xfa, 0xf4, //
@@ -55,8 +57,21 @@ const PROGRAM: [u8; 23] = [
 const NEXT: u64 = 0;
 const READ: u64 = 10;
 const SPIN: u64 = 17;
+/// Offsets of the handlers of exceptions, a `hlt` for each, of their gates, and of the descriptors of segments.
+const HANDLERS: usize = 0x100;
+const GATES: usize = 0x200;
+const SEGMENTS: usize = 0x400;
+/// How many exceptions there are.
+const EXCEPTIONS: usize = 32;
+/// Flat segments for [`CODE`] and [`DATA`], the selectors.
+const DESCRIPTORS: [u64; 3] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+const CODE: u16 = 0x8;
+const DATA: u16 = 0x10;
 /// Offset of the words in which vCPUs say how many pages of their pass are left, from vCPU 0 on.
 const LEFT: usize = PAGE;
+/// Offset of the stacks, which only exceptions use, from vCPU 0 on, and of how many words each is.
+const STACKS: usize = PAGE + PAGE / 2;
+const STACK_WORDS: usize = 8;
 /// Offset of the word that ends `spin`.
 const STOP: usize = PROGRAM_SIZE - 4;
 /// The program's page, and that of its words.
@@ -269,13 +284,15 @@ impl Vm {
         if memory.size() > TSS_ADDRESS / 2 {
             bail!("{} bytes of guest memory: at most 2046 MiB", memory.size());
         }
+        let most = (STOP - STACKS) / (4 * STACK_WORDS);
+        ensure!(cpus.len() <= most, "{} vCPUs: at most {most}", cpus.len());
         let kvm = Kvm::new().context("/dev/kvm: is CONFIG_KVM set, for this processor?")?;
         let vm = create_vm(&kvm)?;
         prepare(&vm)?;
         vm.set_tss_address(TSS_ADDRESS)
             .context("KVM_SET_TSS_ADDR")?;
-        let program = Arc::new(Program::new()?);
         let program_address = memory.size() as u64;
+        let program = Arc::new(Program::new(program_address)?);
         for (slot, base, len, guest_phys_addr) in [
             (MEMORY_SLOT, memory.base(), memory.size(), 0),
             (PROGRAM_SLOT, program.0, PROGRAM_SIZE, program_address),
@@ -297,13 +314,15 @@ impl Vm {
             .enumerate()
             .map(|(id, cpu)| {
                 let vcpu = create_vcpu(&vm, id)?;
+                set_handlers(&vcpu, program_address)?;
                 let stats = Stats::open(&Fd(&vcpu))?;
                 let (commands, inbox) = channel();
                 let (outbox, replies) = channel();
-                let (cpu, keep) = (*cpu, (memory.clone(), program.clone()));
+                let (cpu, keep) = (*cpu, memory.clone());
                 let guest = Vcpu {
                     vcpu,
                     id,
+                    program: program.clone(),
                     program_address,
                     faults,
                     refused: refused.clone(),
@@ -747,10 +766,27 @@ unsafe impl Send for Program {}
 unsafe impl Sync for Program {}
 
 impl Program {
-    fn new() -> Result<Program> {
+    /// For a guest in which it is at `address`.
+    fn new(address: u64) -> Result<Program> {
+        let gate = |exception| {
+            let handler = address + (HANDLERS + exception) as u64;
+            let halves = (handler & 0xffff, handler >> 16 & 0xffff);
+            // A 32-bit interrupt gate.
+            halves.0 | u64::from(CODE) << 16 | 0x8e00 << 32 | halves.1 << 48
+        };
+        let mut page = [0; PAGE];
+        page[..PROGRAM.len()].copy_from_slice(&PROGRAM);
+        page[HANDLERS..][..EXCEPTIONS].fill(HLT);
+        let mut put = |offset: usize, entry: u64| {
+            page[offset..][..8].copy_from_slice(&entry.to_le_bytes());
+        };
+        (0..EXCEPTIONS).for_each(|exception| put(GATES + 8 * exception, gate(exception)));
+        (0..)
+            .zip(DESCRIPTORS)
+            .for_each(|(number, descriptor)| put(SEGMENTS + 8 * number, descriptor));
         // SAFETY: a new mapping, into which the program fits.
         unsafe {
-            let page = libc::mmap(
+            let pages = libc::mmap(
                 ptr::null_mut(),
                 PROGRAM_SIZE,
                 libc::PROT_READ | libc::PROT_WRITE,
@@ -758,11 +794,11 @@ impl Program {
                 -1,
                 0,
             );
-            if page == libc::MAP_FAILED {
+            if pages == libc::MAP_FAILED {
                 return Err(std::io::Error::last_os_error()).context("map the guest's program");
             }
-            ptr::copy_nonoverlapping(PROGRAM.as_ptr(), page.cast(), PROGRAM.len());
-            Ok(Program(page.cast()))
+            ptr::copy_nonoverlapping(page.as_ptr(), pages.cast(), PAGE);
+            Ok(Program(pages.cast()))
         }
     }
 
@@ -797,7 +833,7 @@ pub(crate) fn create_vcpu(vm: &VmFd, id: usize) -> Result<VcpuFd> {
     let data = kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
-        selector: 0x10,
+        selector: DATA,
         type_: 3,
         present: 1,
         db: 1,
@@ -806,7 +842,7 @@ pub(crate) fn create_vcpu(vm: &VmFd, id: usize) -> Result<VcpuFd> {
         ..Default::default()
     };
     sregs.cs = kvm_segment {
-        selector: 0x8,
+        selector: CODE,
         type_: 11,
         ..data
     };
@@ -816,10 +852,24 @@ pub(crate) fn create_vcpu(vm: &VmFd, id: usize) -> Result<VcpuFd> {
     Ok(vcpu)
 }
 
+/// Tells the vCPU where the handlers of exceptions are.
+fn set_handlers(vcpu: &VcpuFd, program_address: u64) -> Result<()> {
+    let table = |offset: usize, entries: usize| kvm_dtable {
+        base: program_address + offset as u64,
+        limit: (8 * entries - 1) as u16,
+        ..Default::default()
+    };
+    let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
+    sregs.idt = table(GATES, EXCEPTIONS);
+    sregs.gdt = table(SEGMENTS, DESCRIPTORS.len());
+    vcpu.set_sregs(&sregs).context("KVM_SET_SREGS")
+}
+
 /// A vCPU as its thread knows it.
 struct Vcpu {
     vcpu: VcpuFd,
     id: usize,
+    program: Arc<Program>,
     program_address: u64,
     faults: Faults,
     refused: Arc<AtomicU64>,
@@ -907,10 +957,36 @@ impl Vcpu {
         ))
     }
 
+    /// Where its stack ends, as an offset from the program.
+    fn stack_end(&self) -> usize {
+        STACKS + 4 * STACK_WORDS * (self.id + 1)
+    }
+
+    /// Whether it has halted in the program, and not in the handler of an exception.
+    fn halted(&mut self) -> Result<()> {
+        let rip = self.vcpu.get_regs().context("KVM_GET_REGS")?.rip;
+        // It is behind the instruction that halted.
+        let handler = rip.wrapping_sub(1 + self.program_address + HANDLERS as u64);
+        if handler < EXCEPTIONS as u64 {
+            let word = |number: usize| {
+                self.program
+                    .word(self.stack_end() - 4 * number)
+                    .load(Ordering::Relaxed)
+            };
+            let [flags, cs, eip, last] = [1, 2, 3, 4].map(word);
+            bail!(
+                "exception {handler} in the guest: eip {eip:#x}, cs {cs:#x}, eflags {flags:#x}, then {last:#x}; {}",
+                self.state()?
+            );
+        }
+        Ok(())
+    }
+
     /// Runs the program from its `entry`, with these registers, until it halts.
     fn run_to_halt(&mut self, entry: u64, regs: kvm_regs) -> Result<()> {
         let regs = kvm_regs {
             rip: self.program_address + entry,
+            rsp: self.program_address + self.stack_end() as u64,
             rflags: 2,
             ..regs
         };
@@ -919,7 +995,7 @@ impl Vcpu {
         let mut stuck: Option<(Instant, u64)> = None;
         loop {
             let refusal = match self.vcpu.run() {
-                Ok(VcpuExit::Hlt) => return Ok(()),
+                Ok(VcpuExit::Hlt) => return self.halted(),
                 Ok(VcpuExit::Intr) => continue,
                 Ok(exit @ VcpuExit::MemoryFault { .. }) => anyhow!("{exit:?}"),
                 Ok(exit) => {
