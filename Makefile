@@ -15,7 +15,7 @@ export BASE ARCH LLVM V KSRC KDIR TESTS ACCEL RUNNER JOBS LIMIT TIMEOUT N ARGS C
 # What was given to this make is meant for the scripts, and not for every make below them.
 unexport MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL
 
-BUILD := build/$(or $(BASE),v7.3)
+BUILD := build/$(or $(BASE),$(firstword $(shell sed -nE 's/^\t"(v[^ ]+) .*/\1/p' scripts/versions)))
 export XDG_CACHE_HOME ?= $(HOME)/.cache
 
 help: ## What can be made

@@ -22,6 +22,7 @@ const NEEDS: &[Need] = &[
     needs::TWO_NODES,
     needs::NUMA_BALANCING,
     needs::SCAN_SETTINGS,
+    needs::KPROBE_EVENTS,
     needs::HIST_TRIGGERS,
     needs::IO_URING,
 ];
@@ -46,8 +47,8 @@ struct Args {
     /// Memory in MiB, a multiple of 2 (more than once).
     #[arg(long, value_delimiter = ',', default_value = "64,256,1024")]
     memory: Vec<usize>,
-    /// Scans in each measurement.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
+    /// Scans in each measurement: a multiple of 16, of which one walks over pinned memory with the series.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
     scans: u64,
 }
 
