@@ -254,6 +254,10 @@ impl OnlySize {
                 continue;
             }
             let path = entry.path().join("enabled");
+            // Not where only shared memory can have the size.
+            if !path.exists() {
+                continue;
+            }
             let name = || path.display().to_string();
             let text = fs::read_to_string(&path).with_context(name)?;
             let old = text.split(['[', ']']).nth(1).with_context(name)?.into();
