@@ -209,6 +209,35 @@ impl Started {
         }
     }
 
+    /// Stops it, and waits until it stands still.
+    fn stop(&self) -> Result<()> {
+        self.signal(libc::SIGSTOP)?;
+        let mut status = 0;
+        // SAFETY: a child of this process, which `process` has not waited for; only `status` is written.
+        let stopped = unsafe { libc::waitpid(self.pid(), &mut status, libc::WUNTRACED) };
+        ensure!(
+            stopped == self.pid() && libc::WIFSTOPPED(status),
+            "a process has ended instead of being stopped"
+        );
+        Ok(())
+    }
+
+    /// Lets it go on.
+    fn resume(&self) -> Result<()> {
+        self.signal(libc::SIGCONT)
+    }
+
+    fn signal(&self, signal: i32) -> Result<()> {
+        // SAFETY: a child of this process, which `process` has not waited for.
+        let rc = unsafe { libc::kill(self.pid(), signal) };
+        ensure!(rc == 0, "signal a process: {}", io::Error::last_os_error());
+        Ok(())
+    }
+
+    fn pid(&self) -> i32 {
+        self.process.id() as i32
+    }
+
     /// Ends it. It says what it found on standard error.
     fn end(mut self) -> Result<()> {
         drop(self.input.take());
@@ -337,7 +366,7 @@ pub fn measure(how: &How, pages: Pages, access: Access, round: u32) -> Result<Va
 
     let began = counters::migrated()?;
     balancing::enable(true)?;
-    let migrated = (|| {
+    let measured = (|| {
         for process in &mut processes {
             process.go()?;
         }
@@ -354,17 +383,22 @@ pub fn measure(how: &How, pages: Pages, access: Access, round: u32) -> Result<Va
             early <= keep,
             "{early} pages migrated to node {CPU_NODE}, which had {keep} free: it was not full"
         );
-        // What could not be migrated before is not of interest.
+        // What could not be migrated before is not of interest. Nothing goes on while counters are read one by one.
+        processes.iter().try_for_each(Started::stop)?;
         let counters = Counters::start()?;
         drop(filled);
+        processes.iter().try_for_each(Started::resume)?;
         wait.until(&format!("{} % of the memory near", how.moved), || {
             processes.iter_mut().try_for_each(Started::is_there)?;
             Ok((counters::migrated()? - began) * 100 >= whole * u64::from(how.moved))
         })?;
-        Ok::<_, anyhow::Error>(counters)
+        processes.iter().try_for_each(Started::stop)?;
+        let values = counters.read()?;
+        processes.iter().try_for_each(Started::resume)?;
+        Ok::<_, anyhow::Error>(values)
     })();
     let off = balancing::enable(false);
-    let values = migrated?.read()?;
+    let values = measured?;
     off?;
     let free = balancing::meminfo_kib(CPU_NODE, "MemFree:")? * 1024 / PAGE as u64;
     ensure!(
