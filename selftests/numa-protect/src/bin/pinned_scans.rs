@@ -304,9 +304,9 @@ fn forked(memory: &mut Memory) -> Result<()> {
     Ok(())
 }
 
-/// Each scan walks over it.
+/// Each scan walks over it, from the first on.
 fn always(memory: &mut Memory) -> Result<()> {
-    memory.settle()?;
+    memory.wait_for_walk()?;
     let walks = memory.walks_in(SCANS)?;
     ensure!(walks + SOON >= SCANS, "{walks} walks in {SCANS} scans");
     Ok(())
