@@ -770,9 +770,9 @@ impl Program {
     fn new(address: u64) -> Result<Program> {
         let gate = |exception| {
             let handler = address + (HANDLERS + exception) as u64;
-            let halves = (handler & 0xffff, handler >> 16 & 0xffff);
+            let (low, high) = (handler & 0xffff, handler >> 16);
             // A 32-bit interrupt gate.
-            halves.0 | u64::from(CODE) << 16 | 0x8e00 << 32 | halves.1 << 48
+            low | (u64::from(CODE) << 16) | (0x8e00 << 32) | (high << 48)
         };
         let mut page = [0; PAGE];
         page[..PROGRAM.len()].copy_from_slice(&PROGRAM);

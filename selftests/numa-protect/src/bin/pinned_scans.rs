@@ -2,8 +2,8 @@
 //! How often NUMA scans walk over memory that is all pinned, and that they walk over it at once when that is over. Pins its own
 //! memory, and changes the machine's scan settings while it runs.
 //!
-//! Prints KTAP. Scans are ten a second; a thread uses CPU time, or the test itself, so that they happen. A scan of the process ends each time
-//! (`mm->numa_scan_seq`), whether or not it walked over the memory; walks are calls of [`WALK`].
+//! Prints KTAP. Scans are ten a second; a thread uses CPU time, or the test itself, so that they happen. A scan of the process ends
+//! each time (`mm->numa_scan_seq`), whether or not it walked over the memory; walks are calls of [`WALK`].
 
 use std::ops::Range;
 use std::process::ExitCode;
